@@ -32,8 +32,7 @@ BY_HAND = "or build Head(weight, bias, ...) inside the wrapped forward"
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One LoRA term: `dropout(x) @ a.T @ b.T * scale`, added to `x @ weight.T + bias`, before
-    logit_scale."""
+    """One LoRA term: `scale * dropout(x) @ a.T @ b.T`, added to `x @ weight.T + bias`."""
 
     a: Tensor  # [r, D] the Parameter itself
     b: Tensor  # [V, r] the Parameter itself
@@ -78,8 +77,7 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def find_head(lm: nn.Module) -> nn.Module:
-    """The output embedding of `lm`: `lm` itself, `get_output_embeddings()` or `.lm_head`; a direct
-    child of it."""
+    """The output embedding: `lm` itself, or its child by get_output_embeddings() or .lm_head."""
     if isinstance(lm, nn.Linear) or is_lora(lm) or is_saved_copy(lm):
         return lm
     getter = getattr(lm, "get_output_embeddings", None)
@@ -111,8 +109,8 @@ def backbone(model: nn.Module) -> nn.Module:
         getattr(config, "is_prompt_learning", False) for config in configs.values()
     ):
         raise NotImplementedError(
-            f"backbone: {type(model).__name__} adds learned prompts outside its base model; call the "
-            "model with output_hidden_states=True and use hidden_states[-1]"
+            f"backbone: {type(model).__name__} adds learned prompts outside its base model; call "
+            "the model with output_hidden_states=True and use hidden_states[-1]"
         )
     lm = unwrap(model)
     inner = getattr(lm, "base_model", None)
@@ -131,16 +129,15 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def read_source(source: Source) -> LinearParts:
-    """Weight, bias and LoRA terms of the head as they are now, cut to the rows that the forward
-    keeps."""
+    """Weight, bias and LoRA terms as they are now, cut to the rows that the forward keeps."""
     head = find_head(unwrap(source.model))
     parts = read_linear(head)
     refuse_unused_parameters(head, parts)
     rule = source.rule
     if parts.bias is not None and rule.scales_hidden and rule.scale != 1.0:
         raise NotImplementedError(
-            f"Head.of: {type(source.model).__name__} scales its hidden states and its head has a bias; "
-            "logit_scale would scale the bias too. Remove the bias"
+            f"Head.of: {type(source.model).__name__} scales its hidden states and its head has a "
+            "bias; logit_scale would scale the bias too. Remove the bias"
         )
     if rule.rows is None or rule.rows >= parts.weight.shape[0]:
         return parts
@@ -207,12 +204,11 @@ def saved_module(wrapper: nn.Module) -> nn.Module:
 
 
 def read_lora(layer: nn.Module, check_values: bool) -> tuple[Adapter, ...]:
-    """The LoRA terms that the forward of peft's Linear adds now: the active ones; none if disabled
-    or merged."""
+    """The LoRA terms that peft's Linear.forward adds now: none if disabled or merged."""
     if layer.disable_adapters and layer.merged:
         raise NotImplementedError(
-            "Head.of: the head's LoRA is disabled but merged into the weight (peft would unmerge it at "
-            "its next forward); call model.unmerge_adapter() first"
+            "Head.of: the head's LoRA is disabled but merged into the weight (peft would unmerge "
+            "it at its next forward); call model.unmerge_adapter() first"
         )
     if layer.disable_adapters or layer.merged:
         return ()
@@ -221,14 +217,14 @@ def read_lora(layer: nn.Module, check_values: bool) -> tuple[Adapter, ...]:
 
 
 def read_adapter(layer: nn.Module, name: str, check_values: bool) -> Adapter:
-    """One active adapter of peft's LoRA Linear; anything but plain LoRA raises
-    NotImplementedError."""
+    """One adapter of peft's LoRA Linear; raises NotImplementedError unless plain LoRA."""
     variant = getattr(layer, "lora_variant", {}).get(name)
     dora = getattr(layer, "use_dora", {}).get(name)
     if variant is not None or dora:
+        label = "DoRA" if dora else type(variant).__name__
         raise NotImplementedError(
-            f"Head.of: the head's adapter {name!r} is {'DoRA' if dora else type(variant).__name__}; "
-            "expected plain LoRA. Take the head out of target_modules"
+            f"Head.of: the head's adapter {name!r} is {label}; expected plain LoRA. Take the head "
+            "out of target_modules"
         )
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     factors = []
@@ -264,8 +260,9 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
         )
     if found:
         raise TypeError(
-            f"Head.of: {name} has {', '.join(found)}, which a loss that reads the weight would bypass; "
-            f"expected no hooks. Remove them (weight_norm, spectral_norm: remove_*), {BY_HAND}"
+            f"Head.of: {name} has {', '.join(found)}, which a loss that reads the weight would "
+            f"bypass; expected no hooks. Remove them (weight_norm, spectral_norm: remove_*), "
+            f"{BY_HAND}"
         )
 
 
@@ -277,8 +274,7 @@ def hook_name(hook: Any) -> str:
 
 
 def refuse_unused_parameters(head: nn.Module, parts: LinearParts) -> None:
-    """Raises NotImplementedError if a trainable parameter of the head gets no gradient from
-    `parts`."""
+    """Raises NotImplementedError if a trainable parameter of the head is not in `parts`."""
     if not torch.is_grad_enabled():
         return
     used = {id(parts.weight), id(parts.bias)}
@@ -286,15 +282,14 @@ def refuse_unused_parameters(head: nn.Module, parts: LinearParts) -> None:
     unused = [name for name, p in head.named_parameters() if p.requires_grad and id(p) not in used]
     if unused:
         raise NotImplementedError(
-            f"Head.of: the head has trainable parameters that its forward does not use now: {unused}; "
-            "they would get no gradient. Unmerge or enable the adapter, freeze them "
+            f"Head.of: the head has trainable parameters that its forward does not use now: "
+            f"{unused}; they would get no gradient. Unmerge or enable the adapter, freeze them "
             "(requires_grad_(False)), or call under torch.no_grad()"
         )
 
 
 def gathered(name: str, tensor: Tensor) -> Tensor:
-    """`tensor` itself; a DTensor that needs no gradient is gathered (a collective: every rank must
-    come here)."""
+    """`tensor` itself; a DTensor that needs no gradient is gathered, on every rank together."""
     full = getattr(tensor, "full_tensor", None)
     if callable(full) and not (tensor.requires_grad and torch.is_grad_enabled()):
         return full().detach()
@@ -303,15 +298,14 @@ def gathered(name: str, tensor: Tensor) -> Tensor:
 
 
 def check_gathered(name: str, tensor: Tensor) -> None:
-    """Raises ValueError or TypeError, with the cause and the fix, for a parameter whose values are
-    not all here."""
+    """Raises ValueError or TypeError for a parameter whose values are not all here."""
     got = f"head {name}: got {type(tensor).__name__} {tuple(tensor.shape)} on {tensor.device}"
     if hasattr(tensor, "full_tensor"):
         raise ValueError(
-            f"{got}, a DTensor that needs a gradient; expected a plain tensor. FSDP2: call the loss "
-            "inside the forward of the fully_shard-ed model with the head in its root unit, or after "
-            "model.lm_head.unshard(). Tensor parallel: leave the head out of the plan. (A frozen head, "
-            "or any under torch.no_grad(), is gathered by full_tensor() here.)"
+            f"{got}, a DTensor that needs a gradient; expected a plain tensor. FSDP2: call the "
+            "loss inside the forward of the fully_shard-ed model with the head in its root unit, "
+            "or after model.lm_head.unshard(). Tensor parallel: leave the head out of the plan. (A "
+            "frozen head, or any under torch.no_grad(), is gathered by full_tensor() here.)"
         )
     if tensor.device.type == "meta":
         raise ValueError(
@@ -320,13 +314,13 @@ def check_gathered(name: str, tensor: Tensor) -> None:
         )
     if hasattr(tensor, "ds_id") and tensor.numel() == 0:
         raise ValueError(
-            f"{got}, partitioned by ZeRO-3; expected it gathered. Call the loss inside the engine's "
-            "forward, or under deepspeed.zero.GatheredParameters([head.weight, ...])"
+            f"{got}, partitioned by ZeRO-3; expected it gathered. Call the loss inside the "
+            "engine's forward, or under deepspeed.zero.GatheredParameters([head.weight, ...])"
         )
     if tensor.numel() == 0 or (name == "weight" and tensor.dim() == 1):
         raise ValueError(
-            f"{got}, empty or flat; expected [V, D]. FSDP1: call the loss inside the forward of the "
-            "unit that holds the head, or under FSDP.summon_full_params(model)"
+            f"{got}, empty or flat; expected [V, D]. FSDP1: call the loss inside the forward of "
+            "the unit that holds the head, or under FSDP.summon_full_params(model)"
         )
     if type(tensor) not in (Tensor, nn.Parameter) and type(tensor).__name__ not in TRACING:
         raise TypeError(

@@ -94,15 +94,14 @@ SUSPECT = re.compile(
     r"|(scal|mult|cap|temp|soft|norm|clip|width).*(logit|lm_head|output|unembed)"
     r"|^mup_|_mup$|dim_model_base|unpadded_vocab"
 )
-# ... and what looks like it and is not: attention, routers, other modalities, a bias that the module itself shows.
+# ... and what is not: attention, routers, other modalities, a bias that the module shows.
 HARMLESS = re.compile(
     r"attn|attention|router|moe_|expert|vision|audio|image|logit_scale_init_value|lm_head_bias"
 )
 
 
 def output_table() -> str:
-    """`OUTPUT_RULES` as text, one model type a line: what its forward does between head and
-    logits."""
+    """`OUTPUT_RULES` as text, one model type a line."""
     width = max(map(len, OUTPUT_RULES))
     return "\n".join(
         f"{kind:<{width}}  {'; '.join(OPS[rule.op].format(rule.attribute) for rule in rules)}"
@@ -172,23 +171,22 @@ def text_config(config: Any) -> Any:
 def refuse_unknown_attributes(
     where: str, kind: str | None, configs: tuple[Any, ...], known: set[str]
 ) -> None:
-    """Raises NotImplementedError for an attribute in SUSPECT, not in HARMLESS or `known`, that is
-    not neutral."""
+    """Raises NotImplementedError for a suspect attribute that no rule knows and that is on."""
     for config in configs:
         for name, value in vars(config).items():
             suspect = SUSPECT.search(name) and not HARMLESS.search(name) and name not in known
             if not suspect or is_neutral(name, value):
                 continue
             raise NotImplementedError(
-                f"{where}: config.{name} = {value!r} looks like something done to the logits, and no "
-                "row of pyoffline.head_rules.OUTPUT_RULES says what. Read the model's forward and add "
-                f"OUTPUT_RULES[{kind!r}] = (OutputRule(op, {name!r}),), op one of {sorted(OPS)}"
+                f"{where}: config.{name} = {value!r} looks like something done to the logits, and "
+                "no row of pyoffline.head_rules.OUTPUT_RULES says what. Read the model's forward "
+                f"and add OUTPUT_RULES[{kind!r}] = (OutputRule(op, {name!r}),), op one of "
+                f"{sorted(OPS)}"
             )
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Whether a suspect attribute is off: None, False, empty, 0, or a factor of 1 (a cap of 1 is
-    not off)."""
+    """Whether the attribute is off: None, False, empty, 0, or a factor of 1 (not a cap of 1)."""
     if value is None or value is False or (hasattr(value, "__len__") and len(value) == 0):
         return True
     if isinstance(value, bool) or not isinstance(value, (int, float)):
