@@ -1,0 +1,56 @@
+// The three products of a linear loss head, on the vendor GEMM that the installed torch carries.
+//
+// The x86 wheels of torch export MKL's bf16 and fp16 GEMMs with fp32 accumulation, which torch.mm
+// does not use for these shapes (4x slower, gemm.cpp has the figures). They are looked up at run
+// time; where they are missing these functions throw and the Python side falls back to torch's own
+// products. Fused here: the rounding (and scaling) of a panel while it is in cache. Not here:
+// chunks over rows, argument checks.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../row_args.h"
+
+namespace pyoffline {
+
+// A row-major matrix with unit column stride, row_stride >= cols (in elements).
+struct Matrix {
+  void* data;
+  DType type;
+  int64_t rows;
+  int64_t cols;
+  int64_t row_stride;
+};
+
+struct GemmInfo {
+  bool bf16;
+  bool f16;
+  bool f32;
+  std::string library;  // path of the library that has the symbols
+  std::string missing;  // why not, when any of the three is false
+};
+
+GemmInfo gemm_info();
+
+// Tests: pretend that no symbol was found.
+void set_gemm(bool enabled);
+
+// out[C,V] = hidden[C,D] @ weight[V,D]^T: fp32 accumulation, one rounding to out's type.
+void gemm_logits(const Matrix& hidden, const Matrix& weight, const Matrix& out, int threads);
+
+// out[C,D] fp32 = dlogits[C,V] @ weight[V,D].
+void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out);
+
+// acc[V,D] fp32 = dlogits[C,V]^T @ hidden[C,D] + beta * acc, then out = cast(out_scale * acc).
+// Either of acc and out may have null data; without acc, beta must be 0 and no [V,D] fp32 buffer is
+// made.
+struct DWeight {
+  Matrix acc;
+  float beta;
+  Matrix out;
+  float out_scale;
+};
+void gemm_dweight(const Matrix& dlogits, const Matrix& hidden, const DWeight& dweight, int threads);
+
+}  // namespace pyoffline

@@ -1,0 +1,112 @@
+// The arguments of one binding call: read from Python objects, checked, and kept for the overlap
+// check.
+//
+// A torch tensor or numpy array is read through the base class's own descriptors, so that neither a
+// subclass nor an attribute of the instance can lie about memory, and every extent is checked
+// against the storage that holds it. ValueError (TypeError for a wrong kind) says function,
+// argument, expected, got, what to do. No torch headers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "row_args.h"
+
+namespace pyoffline {
+
+namespace py = pybind11;
+
+// Bits, so that an argument can allow several.
+enum Kind : unsigned {
+  kF32 = 1,
+  kBF16 = 2,
+  kF16 = 4,
+  kF64 = 8,
+  kI64 = 16,
+  kByte = 32,
+  kLogits = kF32 | kBF16 | kF16,
+};
+
+// A size that is read, not demanded.
+constexpr int64_t kAny = -1;
+
+struct TensorArg {
+  std::string name;
+  void* data = nullptr;  // null: the argument is None
+  Kind kind = kF32;
+  int rank = 0;
+  int64_t shape[2] = {0, 0};
+  int64_t stride[2] = {0, 0};  // elements
+  bool writable = true;
+  uintptr_t storage_begin = 0, storage_end = 0;
+  bool given = false;
+
+  explicit operator bool() const { return given; }
+  int64_t item_size() const;
+  int64_t numel() const;
+  DType dtype() const;  // of a kLogits kind
+  int64_t row_nbytes() const;
+  int64_t row_stride_nbytes() const;
+  uintptr_t begin() const { return reinterpret_cast<uintptr_t>(data); }
+  uintptr_t end() const;  // one past the last byte that the view reaches
+};
+
+class CallArgs {
+ public:
+  explicit CallArgs(const char* function) : function_(function) {}
+
+  // Rank = number of sizes; the last dimension must have unit stride, and a [n] array is
+  // contiguous. A matrix may have any row stride (of at least its row length where `blas` or an
+  // output).
+  TensorArg input(py::handle object, const std::string& name, unsigned kinds,
+                  std::initializer_list<int64_t> sizes, bool blas = false);
+  TensorArg output(py::handle object, const std::string& name, unsigned kinds,
+                   std::initializer_list<int64_t> sizes);
+  // Optional: None gives an argument that is false.
+  TensorArg maybe_input(py::handle object, const std::string& name, unsigned kinds,
+                        std::initializer_list<int64_t> sizes);
+  TensorArg maybe_output(py::handle object, const std::string& name, unsigned kinds,
+                         std::initializer_list<int64_t> sizes);
+
+  // Contiguous tensors of at most two dimensions, read as flat memory; the output has the shape of
+  // `like`.
+  TensorArg dense_input(py::handle object, const std::string& name, unsigned kinds);
+  TensorArg dense_output(py::handle object, const std::string& name, unsigned kinds,
+                         const TensorArg& like);
+
+  // No output may share a byte with another argument, except the one pair that was allowed in
+  // place.
+  void allow_in_place(const std::string& output, const std::string& input);
+  void check_overlaps() const;
+
+  [[noreturn]] void fail(const std::string& name, const std::string& expected,
+                         const std::string& got, const std::string& advice) const;
+  [[noreturn]] void fail_type(const std::string& name, const std::string& expected, py::handle got,
+                              const std::string& advice) const;
+
+ private:
+  TensorArg read(py::handle object, const std::string& name) const;
+  void check_kind(const TensorArg& arg, unsigned kinds) const;
+  void check(const TensorArg& arg, unsigned kinds, std::initializer_list<int64_t> sizes) const;
+  void check_dense(const TensorArg& arg) const;
+  void check_writable(const TensorArg& arg) const;
+  void check_extent(const TensorArg& arg) const;
+  bool in_place_pair(const TensorArg& output, const TensorArg& input) const;
+
+  std::string function_;
+  std::vector<TensorArg> inputs_, outputs_;
+  std::pair<std::string, std::string> in_place_;
+};
+
+std::string type_name(py::handle object);
+std::string shape_text(const int64_t* sizes, int rank);
+int64_t int_arg(const CallArgs& call, py::handle object, const std::string& name, int64_t low,
+                int64_t high);
+double float_arg(const CallArgs& call, py::handle object, const std::string& name);
+
+}  // namespace pyoffline

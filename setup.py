@@ -1,0 +1,153 @@
+"""Builds pyoffline._C: C++ always, CUDA where nvcc and sources are found. Needs no torch; metadata is in pyproject.toml.
+
+Every instruction set is its own source file with its own flags, so that the rest of the library runs on any CPU of
+the architecture (the choice is made at run time). PYOFFLINE_CUDA=0 never calls nvcc, =1 makes a missing or failing
+nvcc an error; unset, a failing nvcc build warns and the CPU library is built. PYOFFLINE_CXXFLAGS is appended to the
+compiler flags (sanitizers). Not here: the choice of a backend (pyoffline/backends.py).
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Listed by hand: find_packages() would install `kernels` over the package of that name that transformers imports.
+PACKAGES = [
+    "pyoffline",
+    "pyoffline.benchmarks",
+    "pyoffline.demo",
+    "pyoffline.integrations",
+    "pyoffline.kernels",
+]
+# A tracked link leads from pyoffline/kernels to kernels; builds read the folder itself, because a checkout without
+# link support turns the link into a text file.
+PACKAGE_DIR = {"pyoffline.kernels": "kernels"}
+
+# No flag that assumes finite numbers: NaN and inf must show. errno is not read after maths calls.
+CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+# GCC 12 and later contract a*b+c into fma by default, in intrinsics-free code too: that is allowed, the row pass's
+# tests bound its error on every path.
+ISA_FLAGS = {
+    "row_pass_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "row_pass_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
+    ],
+}
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_90,code=compute_90",
+]
+
+
+def relative(paths):
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def cpp_sources():
+    sources = relative([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    return [s for s in sources if IS_X86 or Path(s).name not in ISA_FLAGS]
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+class BuildExt(build_ext):
+    """Compiles each source with the flags of its instruction set, several at a time."""
+
+    def build_extension(self, ext):
+        self.compiler.src_extensions.append(".cu")
+        compile_one = self.compiler.compile
+
+        def compile_all(sources, *, extra_postargs=None, **kwargs):
+            def job(source):
+                flags = ISA_FLAGS.get(Path(source).name, [])
+                return compile_one(
+                    [source], extra_postargs=[*(extra_postargs or []), *flags], **kwargs
+                )
+
+            with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+                return [obj for objs in pool.map(job, sources) for obj in objs]
+
+        self.compiler.compile = compile_all
+        try:
+            self.add_cuda(ext)
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_one
+
+    def add_cuda(self, ext):
+        """Adds nvcc's objects to the link, or says why there are none."""
+        wish = os.environ.get("PYOFFLINE_CUDA", "")
+        sources = relative(ROOT.glob("csrc/cuda/*.cu"))
+        nvcc = find_nvcc()
+        if wish == "0" or (wish != "1" and not (nvcc and sources)):
+            return
+        if not (nvcc and sources):
+            lacks = "nvcc on PATH or in CUDA_HOME" if sources else "sources in csrc/cuda"
+            raise RuntimeError(f"PYOFFLINE_CUDA=1, but there is no {lacks}")
+        try:
+            objects = [self.compile_cuda(nvcc, source) for source in sources]
+        except subprocess.CalledProcessError as error:
+            if wish == "1":
+                raise
+            warnings.warn(f"pyoffline is built without CUDA: {error}", stacklevel=2)
+            return
+        ext.extra_objects.extend(objects)
+        ext.define_macros.append(("PYOFFLINE_WITH_CUDA", "1"))
+        ext.library_dirs.append(str(Path(nvcc).parents[1] / "lib64"))
+        ext.libraries.extend(["cudart_static", "dl", "rt"])
+
+    def compile_cuda(self, nvcc, source):
+        target = Path(self.build_temp) / f"{source}.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # nvcc is the user's own compiler and the arguments are this file's.
+        subprocess.run([nvcc, *NVCC_FLAGS, "-c", source, "-o", str(target)], check=True)  # noqa: S603
+        return str(target)
+
+
+def extension():
+    extra = shlex.split(os.environ.get("PYOFFLINE_CXXFLAGS", ""))
+    return Pybind11Extension(
+        "pyoffline._C",
+        sources=cpp_sources(),
+        depends=relative([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*.h")]),
+        cxx_std=17,
+        extra_compile_args=[*CXX_FLAGS, *extra],
+        extra_link_args=["-fopenmp", *extra],
+    )
+
+
+def packages():
+    """Those of PACKAGES that this checkout has."""
+    folders = {name: ROOT / PACKAGE_DIR.get(name, name.replace(".", "/")) for name in PACKAGES}
+    return [name for name, folder in folders.items() if any(folder.glob("*.py"))]
+
+
+setup(
+    packages=packages(),
+    package_dir=PACKAGE_DIR,
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExt},
+)
