@@ -1,0 +1,200 @@
+"""Autograd formulas of the custom ops.
+
+A scalar loss has its gradients formed in the forward; the backward applies the upstream gradient to them, in place and
+once, and gives them away. A second backward (retain_graph) recomputes. Token log-probs recompute the logits in their
+backward, from the row coefficients that arrive. Double backward raises and names the op. Not here: the ops (`ops.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from pyoffline import ops
+from pyoffline.ops import DTYPES
+
+LINEAR_INPUTS = ("hidden", "weight", "bias", "adapter_hidden", "adapter_weight")
+
+
+def _eager(x: Tensor) -> bool:
+    """A real tensor in eager mode, whose memory may be written; fake and functional tensors are subclasses."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * upstream, cast once; in place where the gradient is ours to write, untouched where upstream is 1."""
+    if not _eager(grad) or upstream.device.type != "cpu":
+        return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
+    factor = upstream.item()
+    if factor != 1.0:
+        grad.mul_(factor)
+    return grad.to(dtype)
+
+
+def once(grads: list, name: str) -> list:
+    """Under create_graph, make a derivative of these gradients an error that names the op."""
+    if not torch.is_grad_enabled():
+        return grads
+    live = [g for g in grads if g is not None]
+    message = f"pyoffline::{name}: double backward is not implemented; gradients are formed once"
+    guard = torch._C._functions.DelayedError(message.encode(), len(live))
+    wrapped = iter(guard(*[g.detach().requires_grad_() for g in live]))
+    return [None if g is None else next(wrapped) for g in grads]
+
+
+def _linear_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.args = [x if not isinstance(x, Tensor) else None for x in inputs]
+    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.extras = inputs[12]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+    ctx.grads = output[7:]
+
+
+def _restore(ctx) -> list:
+    args = list(ctx.args)
+    for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
+        args[i] = x
+    return args
+
+
+def _linear_backward(ctx, g_loss, *_):
+    grads = [None] * 23
+    grads[12] = [None] * len(ctx.extras)
+    args = _restore(ctx)
+    if g_loss is None:
+        return tuple(grads)
+    formed = ctx.grads
+    ctx.grads = None
+    if formed is None:
+        with torch.no_grad():
+            formed = ops.linear_policy(*args)[7:]
+    needs = args[20]
+    live = [
+        apply_upstream(formed[i], g_loss, args[i].dtype) if needs & (1 << i) else None
+        for i in range(5)
+    ]
+    grads[:5] = once(live, "linear_policy")
+    return tuple(grads)
+
+
+ops.linear_policy.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+def _logits_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.args = [x if not isinstance(x, Tensor) else None for x in inputs]
+    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.extras = inputs[8]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+    ctx.grads = output[7:]
+
+
+def _logits_backward(ctx, g_loss, *_):
+    grads = [None] * 16
+    grads[8] = [None] * len(ctx.extras)
+    args = _restore(ctx)
+    if g_loss is None:
+        return tuple(grads)
+    formed = ctx.grads
+    ctx.grads = None
+    if formed is None:
+        with torch.no_grad():
+            formed = ops.logits_policy(*args)[7:]
+    dlogits, unscale = formed
+    grads[:1] = once([apply_upstream(dlogits, g_loss * unscale, args[0].dtype)], "logits_policy")
+    return tuple(grads)
+
+
+ops.logits_policy.register_autograd(_logits_backward, setup_context=_logits_setup)
+
+
+@torch.library.custom_op("pyoffline::linear_logps", mutates_args=())
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter_hidden: Tensor | None,
+    adapter_weight: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor | None,
+    head: Tensor,
+    ignore_index: int,
+    logits_dtype: int,
+    needs: int,
+    backend: str,
+    plan: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, entropy, lse, log_sum_p2, is_top1: one GEMM; the backward recomputes the logits."""
+    vectors = (None, None, None, None, None, temperature)
+    linear = (hidden, weight, bias, adapter_hidden, adapter_weight)
+    rest = ([], "", ignore_index, logits_dtype, 0, backend, plan)
+    out = ops.linear_policy(*linear, labels, *vectors, [], None, _NO_TERMS, head, *rest)
+    return out[2:7]
+
+
+_NO_TERMS = torch.zeros(0, 8, dtype=torch.float64)
+
+
+@linear_logps.register_fake
+def _(hidden, *rest):
+    return ops._fake_rows(hidden)[2:]
+
+
+def _logps_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.args = [x if not isinstance(x, Tensor) else None for x in inputs]
+    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+
+
+def _coefs(g_logps, g_entropy, g_lse) -> Tensor:
+    return torch.stack([g_logps, g_entropy, g_lse, torch.zeros_like(g_logps)])
+
+
+def _logps_backward(ctx, g_logps, g_entropy, g_lse, *_):
+    args = _restore(ctx)
+    coefs = _coefs(g_logps, g_entropy, g_lse)
+    linear, (labels, temperature, head), rest = args[:5], args[5:8], args[8:]
+    with torch.no_grad():
+        formed = ops.linear_coefs(*linear, labels, temperature, None, coefs, head, *rest)
+    needs = args[10]
+    live = [formed[i].to(linear[i].dtype) if needs & (1 << i) else None for i in range(5)]
+    return (*once(live, "linear_logps"), *[None] * 8)
+
+
+linear_logps.register_autograd(_logps_backward, setup_context=_logps_setup)
+
+
+@torch.library.custom_op("pyoffline::logits_logps", mutates_args=())
+def logits_logps(
+    logits: Tensor, labels: Tensor, temperature: Tensor | None, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, entropy, lse, log_sum_p2, is_top1 of given logits."""
+    vectors = (None, None, None, None, None, temperature)
+    tail = ([], "", ignore_index, False, backend)
+    return ops.logits_policy(logits, labels, *vectors, [], None, _NO_TERMS, *tail)[2:7]
+
+
+@logits_logps.register_fake
+def _(logits, *rest):
+    return ops._fake_rows(logits)[2:]
+
+
+def _logits_logps_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[3:])
+    logits, labels, temperature, ctx.ignore_index, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, temperature)
+
+
+def _logits_logps_backward(ctx, g_logps, g_entropy, g_lse, *_):
+    logits, labels, temperature = ctx.saved_tensors
+    coefs = _coefs(g_logps, g_entropy, g_lse)
+    with torch.no_grad():
+        dlogits = ops.logits_coefs(
+            logits, labels, temperature, None, coefs, ctx.ignore_index, ctx.backend
+        )
+    return (*once([dlogits], "logits_logps"), None, None, None, None)
+
+
+logits_logps.register_autograd(_logits_logps_backward, setup_context=_logits_logps_setup)

@@ -1,0 +1,108 @@
+"""The table of backends: which one serves which op, what is picked, and why not the others.
+
+`use_backend("cpu")` overrides the choice for a block; asking for a backend that is not there raises with the reason.
+Nothing falls back in silence: "auto" takes the first available backend of the op's row. Not here: the backends.
+"""
+
+import contextlib
+import contextvars
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps")
+NAMES = ("reference", "cpu", "triton", "cuda")
+# First available wins. GPU order is to be set by committed benchmarks (bench/results/).
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+MODULES = {"reference": "pyoffline.reference", "cpu": "pyoffline.cpu"}
+
+_choice = contextvars.ContextVar("pyoffline_backend", default="auto")
+
+
+def why_not(name: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """None when the backend can serve tensors on this device, else the reason in words."""
+    if name == "reference":
+        return None
+    if name in ("triton", "cuda"):
+        return f"the {name} backend is not built yet: GPU kernels come with a later release"
+    if device != "cpu":
+        return f"the cpu backend serves CPU tensors, these are on {device}"
+    if dtype == torch.float64:
+        return "the cpu backend computes in fp32; fp64 inputs run on the reference backend"
+    try:
+        module = importlib.import_module("pyoffline._C")
+    except ImportError as error:
+        return f"pyoffline._C is not built ({error}); reinstall with a C++17 compiler"
+    return (
+        None if module.abi() == 1 else f"pyoffline._C has ABI {module.abi()}, expected 1: rebuild"
+    )
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Use this backend ("reference", "cpu", "triton", "cuda" or "auto") inside the block.
+
+    Raises ValueError for an unknown name at once, RuntimeError with the reason for one that is not there.
+    """
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"use_backend: expected one of {', '.join(NAMES)}, auto; got {name!r}")
+    if name in ("triton", "cuda"):
+        raise RuntimeError(f"use_backend({name!r}): {why_not(name, 'cuda')}")
+    if name == "cpu" and (reason := why_not(name, "cpu")):
+        raise RuntimeError(f"use_backend('cpu'): {reason}")
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def pick(device: str, dtype: torch.dtype) -> str:
+    """The backend for tensors of this device and dtype."""
+    name = _choice.get()
+    if name != "auto":
+        reason = why_not(name, device, dtype)
+        if reason:
+            raise RuntimeError(f"backend {name!r}: {reason}")
+        return name
+    return next(n for n in ORDER.get(device, ("reference",)) if why_not(n, device, dtype) is None)
+
+
+def load(name: str):
+    """The module of a backend: it has `linear(LinearCall)` and `logits(LogitsCall)`."""
+    return importlib.import_module(MODULES[name])
+
+
+@dataclass(frozen=True)
+class BackendTable:
+    """Rows of (op, device, picked, ((other, why not), ...)); print it."""
+
+    rows: tuple
+
+    def __str__(self) -> str:
+        lines = [f"{'op':<20} {'device':<7} {'picked':<10} others"]
+        for op, device, picked, others in self.rows:
+            notes = "; ".join(f"{name}: {reason}" for name, reason in others)
+            lines.append(f"{op:<20} {device:<7} {picked:<10} {notes}")
+        return "\n".join(lines)
+
+
+def backends() -> BackendTable:
+    """What is there, what is picked for each op and device, and why not the others: `print(po.backends())`."""
+    rows = []
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        for op in OPS:
+            picked = pick(device, torch.float32)
+            others = []
+            for name in NAMES:
+                if name == picked:
+                    continue
+                reason = why_not(name, device)
+                if reason is None:
+                    forced = f"use_backend({_choice.get()!r}) is in force"
+                    slower = f"available, after {picked} in the order for {device}"
+                    reason = slower if _choice.get() == "auto" else forced
+                others.append((name, reason))
+            rows.append((op, device, picked, tuple(others)))
+    return BackendTable(tuple(rows))

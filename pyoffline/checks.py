@@ -1,0 +1,74 @@
+"""Errors of the public functions: what was expected, what came, what to do, with the values."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def tensor(name: str, x, rank: int | None = None) -> Tensor:
+    """`x` is a dense tensor (of `rank` dimensions)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(
+            f"{name}: expected a dense tensor, got layout {x.layout}; call .to_dense()"
+        )
+    if rank is not None and x.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got shape {tuple(x.shape)}")
+    return x
+
+
+def floating(name: str, x) -> Tensor:
+    """`x` is a float tensor of a supported dtype."""
+    if tensor(name, x).dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    return x
+
+
+def labels(x, shape, device) -> Tensor:
+    """Integer labels of this shape on this device, as int64."""
+    tensor("labels", x)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"labels: expected int64 (or int32), got {x.dtype}; call .long()")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"labels: expected shape {tuple(shape)} (one per position of hidden or logits), got "
+            f"{tuple(x.shape)}. Labels are aligned with hidden; po.shift_labels makes them"
+        )
+    same_device("labels", x, device)
+    return x.long()
+
+
+def same_device(name: str, x: Tensor, device) -> None:
+    """`x` lies on `device`."""
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+
+
+def linear_shapes(hidden: Tensor, weight: Tensor) -> None:
+    """hidden [..., D] fits weight [V, D]."""
+    tensor("hidden", hidden)
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        vocab, width = weight.shape
+        got = tuple(hidden.shape)
+        hint = ""
+        if hidden.dim() and hidden.shape[-1] == vocab:
+            hint = "; these look like logits: use the function without `linear_`"
+        raise ValueError(
+            f"hidden: expected [..., {width}] to fit the head's weight [{vocab}, {width}], "
+            f"got {got}{hint}"
+        )
+    if width_zero := (weight.shape[1] == 0 or weight.shape[0] == 0):
+        assert width_zero
+        raise ValueError(f"head: weight has shape {tuple(weight.shape)}; V and D must be positive")
+
+
+def same_dtype(hidden: Tensor, weight: Tensor) -> None:
+    """Hidden and weight share a dtype (autocast has been applied already)."""
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} and the head's weight {weight.dtype}: expected one dtype. "
+            "Cast one of them, or run under torch.autocast"
+        )

@@ -1,0 +1,215 @@
+"""The fused linear loss head: a loop over chunks of rows, the same for every backend.
+
+Per chunk: logits GEMM, row pass (logits become dlogits in place), dhidden GEMM, dweight GEMM accumulated in fp32. Rows that
+do not count are compacted away first. A backend supplies the steps as `Kernels`. Not here: autograd, checks of user input.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyoffline.calls import LinearCall, LinearResult, RowOutputs, Rows, stats_dtype
+from pyoffline.plan import plan_chunks
+
+
+class Kernels(Protocol):
+    """What a backend must provide; every tensor is [C, V], [C, D] or [V, D] and contiguous unless said otherwise."""
+
+    device: str
+
+    def buffer(self, rows: int, vocab: int, dtype: torch.dtype, device) -> Tensor: ...
+
+    def logits(self, call: LinearCall, hidden: Tensor, adapter: Tensor | None, out: Tensor) -> None:
+        """out[:] = hidden @ weight^T (+ adapter @ adapter_weight^T), rounded once."""
+
+    def row_pass(
+        self, logits: Tensor, rows: Rows, out: RowOutputs, grad: torch.dtype | None, scale: float
+    ) -> Tensor | None:
+        """Fill `out`; with `grad` return dlogits * scale in that dtype (may reuse the logits' memory)."""
+
+    def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
+        """[C, D] fp32 (fp64) = dlogits @ weight."""
+
+    def add_dweight(self, dlogits: Tensor, hidden: Tensor, grad: "WeightGrad", last: bool) -> None:
+        """grad += dlogits^T @ hidden; on the last chunk scale and cast into grad.out."""
+
+    def column_sum(self, dlogits: Tensor, out: Tensor) -> None:
+        """out[V] += sum over rows."""
+
+    def weighted_sum(self, loss: Tensor, weights: Tensor | None) -> Tensor: ...
+
+    def empty(self, shape, dtype: torch.dtype, device) -> Tensor: ...
+
+
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 gradients stay fp32 until the upstream gradient (a loss scale) is applied."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class WeightGrad:
+    """A [V, D] gradient in the making: an fp32 accumulator when several chunks add to it, else written at once."""
+
+    def __init__(self, k: Kernels, weight: Tensor, chunks: int, scale: float):
+        self.scale = scale
+        self.first = True
+        self.out = k.empty(weight.shape, grad_dtype(weight.dtype), weight.device)
+        total = stats_dtype(weight.dtype)
+        if self.out.dtype == total:
+            self.acc = self.out
+        else:
+            self.acc = k.empty(weight.shape, total, weight.device) if chunks > 1 else None
+
+
+def power_of_two_scale(rows: Rows, dtype: torch.dtype) -> float:
+    """fp16 only: the power of two that brings the largest weight to [1, 2), so that dlogits do not underflow."""
+    if dtype != torch.float16:
+        return 1.0
+    top = 1.0
+    for factor in (rows.weights, rows.coefs):
+        if factor is not None and factor.numel():
+            finite = torch.where(factor.isfinite(), factor.abs(), 0.0)
+            top *= finite.max().item()
+    return 2.0 ** -max(-100, min(100, math.floor(math.log2(top)))) if top > 0 else 1.0
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    if x.shape[0] == rows:
+        return x
+    padded = x.new_zeros(rows, x.shape[1])
+    padded[: x.shape[0]] = x
+    return padded
+
+
+class _Gradients:
+    """The gradients of one call, filled chunk by chunk."""
+
+    def __init__(self, k: Kernels, call: LinearCall, n: int, chunks: int, scale: float):
+        needs, self.k, self.call, self.inverse = call.needs, k, call, 1.0 / scale
+        dtype = grad_dtype(call.hidden.dtype)
+        dev = call.hidden.device
+
+        def rows_like(x, wanted):
+            return k.empty((n, x.shape[1]), dtype, dev) if wanted else None
+
+        self.dhidden = rows_like(call.hidden, needs.hidden)
+        self.dadapter_hidden = rows_like(call.adapter_hidden, needs.adapter_hidden)
+        self.dweight = WeightGrad(k, call.weight, chunks, self.inverse) if needs.weight else None
+        self.dadapter_weight = (
+            WeightGrad(k, call.adapter_weight, chunks, self.inverse)
+            if needs.adapter_weight
+            else None
+        )
+        total = stats_dtype(call.hidden.dtype)
+        vocab = call.weight.shape[0]
+        self.dbias = torch.zeros(vocab, dtype=total, device=dev) if needs.bias else None
+
+    def add(self, dlogits: Tensor, x: Tensor, adapter: Tensor | None, span, last: bool) -> None:
+        k, call = self.k, self.call
+        start, stop = span
+        pairs = ((self.dhidden, call.weight), (self.dadapter_hidden, call.adapter_weight))
+        for out, weight in pairs:
+            if out is not None:
+                part = k.dhidden(dlogits, weight)[: stop - start]
+                out[start:stop] = part if self.inverse == 1.0 else part * self.inverse
+        for grad, source in ((self.dweight, x), (self.dadapter_weight, adapter)):
+            if grad is not None:
+                k.add_dweight(dlogits, source, grad, last)
+                grad.first = False
+        if self.dbias is not None:
+            k.column_sum(dlogits, self.dbias)
+
+    def result(self, loss: Tensor, out: RowOutputs, spread) -> LinearResult:
+        if self.dbias is not None and self.inverse != 1.0:
+            self.dbias *= self.inverse
+        return LinearResult(
+            loss,
+            out,
+            spread(self.dhidden),
+            None if self.dweight is None else self.dweight.out,
+            self.dbias,
+            spread(self.dadapter_hidden),
+            None if self.dadapter_weight is None else self.dadapter_weight.out,
+        )
+
+
+def _empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
+    """Nothing counts: loss 0 and zero gradients."""
+
+    def zeros(x, wanted):
+        return torch.zeros(x.shape, dtype=grad_dtype(x.dtype), device=x.device) if wanted else None
+
+    needs = call.needs
+    total = stats_dtype(call.hidden.dtype)
+    dbias = call.hidden.new_zeros(call.weight.shape[0], dtype=total) if needs.bias else None
+    return LinearResult(
+        call.hidden.new_zeros((), dtype=total),
+        out,
+        zeros(call.hidden, needs.hidden),
+        zeros(call.weight, needs.weight),
+        dbias,
+        zeros(call.adapter_hidden, needs.adapter_hidden),
+        zeros(call.adapter_weight, needs.adapter_weight),
+    )
+
+
+def check_labels(labels: Tensor, vocab: int, index: Tensor | None) -> None:
+    """CPU: IndexError naming the row (of the flattened batch) and the value of the first bad label."""
+    bad = ((labels < 0) | (labels >= vocab)).nonzero()
+    if bad.numel():
+        row = int(bad[0])
+        at = row if index is None else int(index[row])
+        raise IndexError(
+            f"labels: row {at} holds {int(labels[row])}, outside [0, {vocab}) and not ignore_index"
+        )
+
+
+def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
+    """Loss, row statistics and the wanted gradients of one fused linear call."""
+    n, vocab = call.hidden.shape[0], call.weight.shape[0]
+    stats = stats_dtype(call.hidden.dtype)
+    out = RowOutputs.zeros(n, stats, call.hidden.device, call.wants_coefs)
+    keep = call.rows.counts()
+    index = None if bool(keep.all()) else keep.nonzero()[:, 0]
+    count = n if index is None else index.numel()
+    if count == 0:
+        return _empty_result(call, out)
+
+    def gather(x):
+        return x if index is None or x is None else x.index_select(0, index)
+
+    rows = call.rows.map(gather)
+    check_labels(rows.labels, vocab, index)
+    hidden, adapter = gather(call.hidden), gather(call.adapter_hidden)
+    part = out.map(lambda v: v if index is None else v[..., :count].clone())
+    plan = plan_chunks(count, vocab, call.logits_dtype.itemsize, call.plan, k.device)
+    scale = power_of_two_scale(rows, call.hidden.dtype)
+    bounds = plan.bounds
+    grads = _Gradients(k, call, count, len(bounds), scale)
+    grad = call.hidden.dtype if call.needs.any else None
+    height = plan.rows if plan.padded else min(plan.rows, count)
+    buffer = k.buffer(height, vocab, call.logits_dtype, hidden.device)
+    for start, stop in bounds:
+        size = stop - start
+        x, u = hidden[start:stop], None if adapter is None else adapter[start:stop]
+        if plan.padded:
+            x, u = _pad(x, height), None if u is None else _pad(u, height)
+        logits = buffer[: x.shape[0]]
+        k.logits(call, x, u, logits)
+        logits[size:].zero_()
+        cut = slice(start, stop)
+        chunk = rows.map(lambda v, cut=cut: v[cut])
+        dlogits = k.row_pass(logits, chunk, part.map(lambda v, cut=cut: v[..., cut]), grad, scale)
+        if dlogits is not None:
+            grads.add(dlogits, x, u, (start, stop), stop == count)
+    loss = k.weighted_sum(part.loss, rows.weights)
+
+    def spread(x, dim=0):
+        if x is None or index is None:
+            return x
+        shape = list(x.shape)
+        shape[dim] = n
+        return torch.zeros(shape, dtype=x.dtype, device=x.device).index_copy_(dim, index, x)
+
+    return grads.result(loss, part.map(lambda x: spread(x, -1)), spread)

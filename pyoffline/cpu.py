@@ -1,0 +1,189 @@
+"""The CPU backend: vendor GEMMs around the C++ row pass of `pyoffline._C`.
+
+bf16 and fp16 products go to MKL's `gemm_*f32` where libtorch carries it (fp32 accumulation with beta = 1, which torch's own
+API lacks), fp32 products to torch. Where the symbol is absent, panels of the weight are widened to fp32 and multiplied
+there (`panel_gemm.py`). Large buffers ask for huge pages. Not here: the chunk loop.
+"""
+
+import dataclasses
+
+import torch
+
+from pyoffline import _C, panel_gemm
+from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, RowOutputs, Rows
+from pyoffline.chunk_loop import WeightGrad, check_labels, power_of_two_scale, run_linear
+from pyoffline.objectives import TABLE
+from pyoffline.program import CUSTOM_CODE, RowScalars, evaluate
+
+HUGE = 8 << 20  # bytes from which a buffer is worth huge pages: a page fault costs 0.5 us per 4 KiB
+
+_table = {name: row.code for name, row in TABLE.items()}
+if _C.codes() != _table:
+    raise ImportError("pyoffline._C and pyoffline.objectives disagree on the table: rebuild")
+
+
+def has_vendor_gemm(dtype: torch.dtype) -> bool:
+    """Whether libtorch carries the mixed-precision GEMM for this dtype."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return dtype in names and bool(_C.gemm_info()[names[dtype]])
+
+
+def _row_pass(logits, dlogits, rows: Rows, out: RowOutputs, scale: float, gap=None, **program):
+    head = rows.head
+    coefs_out = None
+    if out.coefs is not None and "coefs" not in program:
+        coefs_out = torch.empty(out.coefs.shape)
+    _C.row_pass(
+        logits,
+        rows.labels,
+        dlogits=dlogits,
+        bias=rows.bias,
+        class_weight=rows.class_weight,
+        temperature=rows.temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        uniform_temperature=head.temperature,
+        ignore_index=rows.ignore_index,
+        grad_scale=scale,
+        weights=rows.weights,
+        gap=gap,
+        logps=out.logps,
+        entropy=out.entropy,
+        lse=out.lse,
+        log_sum_p2=out.log_sum_p2,
+        is_top1=out.is_top1,
+        coefs_out=coefs_out,
+        threads=torch.get_num_threads(),
+        **program,
+    )
+    if coefs_out is not None:
+        out.coefs.copy_(coefs_out)
+
+
+def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None:
+    """One row pass; a custom Python term runs between its two halves, on C-vectors."""
+    if rows.coefs is not None:
+        _row_pass(logits, dlogits, rows, out, scale, coefs=rows.coefs.float().contiguous())
+        return
+    if CUSTOM_CODE not in rows.codes[0::3]:
+        _row_pass(
+            logits,
+            dlogits,
+            rows,
+            out,
+            scale,
+            loss=out.loss,
+            old=rows.old,
+            mu=rows.mu,
+            ref=rows.ref,
+            adv=rows.adv,
+            extras=tuple(rows.extras.values()),
+            codes=rows.codes,
+            hyper=rows.hyper,
+        )
+        return
+    gap = torch.empty_like(out.lse)
+    _row_pass(logits, None, rows, out, scale, gap=gap)
+    scalars = RowScalars(
+        out.logps, out.entropy, out.lse, gap, rows.old, rows.mu, rows.ref, rows.adv
+    )
+    loss, *coefs = evaluate(rows.codes, rows.hyper, scalars, rows.extras)
+    counted = rows.counts()
+    out.loss.copy_(torch.where(counted, loss, 0.0))
+    if out.coefs is not None:
+        out.coefs.copy_(torch.where(counted, torch.stack(coefs), 0.0))
+    if dlogits is not None:
+        _row_pass(logits, dlogits, rows, out, scale, coefs=torch.stack(coefs))
+
+
+class CpuKernels:
+    """The steps of the chunk loop on a CPU."""
+
+    device = "cpu"
+
+    def empty(self, shape, dtype, device):
+        x = torch.empty(shape, dtype=dtype, device=device)
+        if x.numel() * x.element_size() >= HUGE:
+            _C.advise_hugepages(x)
+        return x
+
+    def buffer(self, rows, vocab, dtype, device):
+        return self.empty((rows, vocab), dtype, device)
+
+    def logits(self, call, hidden, adapter, out):
+        if adapter is None and has_vendor_gemm(hidden.dtype):
+            _C.gemm_logits(hidden, call.weight, out, threads=torch.get_num_threads())
+        elif adapter is None and hidden.dtype == out.dtype == torch.float32:
+            torch.mm(hidden, call.weight.t(), out=out)
+        else:
+            panel_gemm.logits(hidden, call.weight, out, adapter, call.adapter_weight)
+
+    def row_pass(self, logits, rows, out, grad, scale):
+        size = rows.labels.shape[0]
+        dlogits = None
+        if grad is not None:
+            # a narrower gradient row starts where its logits row starts
+            dlogits = logits if grad == logits.dtype else logits.view(grad)[:, : logits.shape[1]]
+        run_rows(logits[:size], None if dlogits is None else dlogits[:size], rows, out, scale)
+        return dlogits
+
+    def dhidden(self, dlogits, weight):
+        out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=torch.float32)
+        if has_vendor_gemm(dlogits.dtype):
+            _C.gemm_dhidden(dlogits, weight, out, threads=torch.get_num_threads())
+        elif dlogits.dtype == torch.float32:
+            torch.mm(dlogits, weight, out=out)
+        else:
+            panel_gemm.dhidden(dlogits, weight, out)
+        return out
+
+    def add_dweight(self, dlogits, hidden, grad: WeightGrad, last):
+        cast = grad.out if last and grad.out is not grad.acc else None
+        if has_vendor_gemm(dlogits.dtype):
+            _C.gemm_dweight(
+                dlogits,
+                hidden,
+                grad.acc,
+                beta=0.0 if grad.first else 1.0,
+                out=cast,
+                out_scale=grad.scale,
+                threads=torch.get_num_threads(),
+            )
+        else:
+            panel_gemm.add_dweight(dlogits, hidden, grad.acc, grad.first, cast, grad.scale)
+        if last and cast is None and grad.scale != 1.0:
+            grad.acc.mul_(grad.scale)
+
+    def column_sum(self, dlogits, out):
+        _C.column_sum(dlogits, out, accumulate=True, threads=torch.get_num_threads())
+
+    def weighted_sum(self, loss, weights):
+        return torch.tensor(_C.weighted_sum(loss, weights), dtype=torch.float32)
+
+
+def linear(call: LinearCall) -> LinearResult:
+    """Fused linear call on the CPU backend."""
+    contiguous = {
+        name: getattr(call, name).contiguous()
+        for name in ("hidden", "weight", "adapter_hidden", "adapter_weight")
+        if getattr(call, name) is not None
+    }
+    return run_linear(CpuKernels(), dataclasses.replace(call, **contiguous))
+
+
+def logits(call: LogitsCall) -> LogitsResult:
+    """Rows on given logits: one read, one write of the gradient, the logits untouched."""
+    rows, n = call.rows, call.logits.shape[0]
+    counted = rows.counts()
+    index = None if bool(counted.all()) else counted.nonzero()[:, 0]
+    picked = rows.labels if index is None else rows.labels[index]
+    check_labels(picked, call.logits.shape[1], index)
+    out = RowOutputs.zeros(n, torch.float32, call.logits.device, call.wants_coefs)
+    scale = power_of_two_scale(rows.map(lambda v: v[counted]), call.logits.dtype)
+    source = call.logits if call.logits.stride(-1) == 1 else call.logits.contiguous()
+    dlogits = None
+    if call.needs_grad:
+        dlogits = CpuKernels().empty(source.shape, source.dtype, source.device)
+    run_rows(source, dlogits, rows, out, scale)
+    loss = torch.tensor(_C.weighted_sum(out.loss, rows.weights), dtype=torch.float32)
+    return LogitsResult(loss, out, dlogits, 1.0 / scale)

@@ -1,0 +1,87 @@
+"""Predicted peak memory, chunk plan and GEMM floor of a fused linear call, before running it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pyoffline.calls import stats_dtype
+from pyoffline.chunk_loop import grad_dtype
+from pyoffline.plan import MIB, current_settings, plan_chunks
+
+PER_ROW_BYTES = 64  # row scalars, labels and their compacted copies
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Sizes in bytes, work in FLOP; `extra_nbytes` is beyond the inputs and their gradients. Print it."""
+
+    n_tokens: int
+    hidden: int
+    vocab: int
+    dtype: torch.dtype
+    chunk_rows: int
+    chunks: int
+    chunk_nbytes: int
+    accumulator_nbytes: int
+    extra_nbytes: int
+    gradient_nbytes: int
+    full_logits_nbytes: int
+    gemms: int
+    flop: int
+
+    def __str__(self) -> str:
+        mib = {k: v / MIB for k, v in vars(self).items() if k.endswith("nbytes")}
+        return "\n".join(
+            (
+                f"{self.n_tokens} tokens, hidden {self.hidden}, vocabulary {self.vocab}, {self.dtype}",
+                f"  chunks        {self.chunks} of {self.chunk_rows} rows, "
+                f"{mib['chunk_nbytes']:.0f} MiB of logits at a time "
+                f"(all of them would be {mib['full_logits_nbytes']:.0f} MiB)",
+                f"  extra memory  {mib['extra_nbytes']:.0f} MiB at the peak, of which "
+                f"{mib['accumulator_nbytes']:.0f} MiB fp32 accumulator of dweight",
+                f"  gradients     {mib['gradient_nbytes']:.0f} MiB",
+                f"  floor         {self.gemms} GEMMs, {self.flop / 1e12:.3f} TFLOP",
+            )
+        )
+
+
+def explain(
+    n_tokens: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype = torch.bfloat16,
+    train_head: bool = True,
+    device: str = "cpu",
+) -> Explanation:
+    """Chunk plan, peak extra memory [bytes] and GEMM work [FLOP] of `linear_policy_loss` with gradients.
+
+    `n_tokens` counts the tokens that take part; `train_head=False`: a frozen head, two GEMMs and no [V, D].
+    """
+    for name, value in (("n_tokens", n_tokens), ("hidden", hidden), ("vocab", vocab)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"explain: {name} must be a positive integer, got {value!r}")
+    size = dtype.itemsize
+    plan = plan_chunks(n_tokens, vocab, size, current_settings(), device)
+    rows = plan.rows if plan.padded else min(plan.rows, n_tokens)
+    chunks = len(plan.bounds)
+    total = stats_dtype(dtype).itemsize
+    separate = grad_dtype(dtype).itemsize != total
+    accumulator = vocab * hidden * total if train_head and separate and chunks > 1 else 0
+    chunk = rows * vocab * size
+    part = rows * hidden * total  # dhidden of a chunk before its cast
+    gemms = 3 if train_head else 2
+    return Explanation(
+        n_tokens,
+        hidden,
+        vocab,
+        dtype,
+        rows,
+        chunks,
+        chunk,
+        accumulator,
+        chunk + accumulator + part + n_tokens * PER_ROW_BYTES,
+        (n_tokens * hidden + (vocab * hidden if train_head else 0)) * grad_dtype(dtype).itemsize,
+        n_tokens * vocab * size,
+        gemms,
+        2 * gemms * n_tokens * hidden * vocab,
+    )

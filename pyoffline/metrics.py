@@ -1,0 +1,55 @@
+"""Metrics of one loss call under the names that people already plot, from raw ratios, on device, with no host sync.
+
+Everything is a mean (or min, max, count) over the positions that count. Not here: sequence-level diagnostics
+(`diagnostics.py`).
+"""
+
+import torch
+from torch import Tensor
+
+
+def _mean(x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    return torch.where(valid, x, 0.0).sum() / count
+
+
+def _range(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return x.new_zeros(()), x.new_zeros(())
+    low = torch.where(valid, x, torch.inf).amin()
+    high = torch.where(valid, x, -torch.inf).amax()
+    some = valid.any()
+    return torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+
+
+def token_metrics(flat, logps, entropy, lse, log_sum_p2, is_top1) -> dict[str, Tensor]:
+    """Metrics of FlatTokens and the row statistics, all [N]."""
+    valid = flat.valid
+    count = valid.sum().to(logps.dtype).clamp(min=1.0)
+    out = {
+        "num_tokens": valid.sum(),
+        "entropy": _mean(entropy, valid, count),
+        "mean_token_accuracy": _mean(is_top1.to(logps.dtype), valid, count),
+        "logps": _mean(logps, valid, count),
+        "num_nonfinite": (valid & ~logps.isfinite()).sum(),
+    }
+    if flat.old is not None:
+        moved = logps - flat.old
+        ratio = moved.exp()
+        out["ratio/mean"] = _mean(ratio, valid, count)
+        out["ratio/min"], out["ratio/max"] = _range(ratio, valid)
+        out["approx_kl"] = _mean(torch.expm1(moved) - moved, valid, count)
+    if flat.ref is not None:
+        gap = flat.ref - logps
+        out["kl"] = _mean(torch.expm1(gap) - gap, valid, count)
+    if flat.mu is not None:
+        moved = logps - flat.mu
+        weight = moved.exp()
+        prefix = "sampling/importance_sampling_ratio"
+        out[f"{prefix}/mean"] = _mean(weight, valid, count)
+        out[f"{prefix}/min"], out[f"{prefix}/max"] = _range(weight, valid)
+        out["sampling/sampling_logp_difference/mean"] = _mean(moved.abs(), valid, count)
+        out["sampling/sampling_logp_difference/max"] = _range(moved.abs(), valid)[1]
+        mean = out[f"{prefix}/mean"]
+        square = _mean(weight * weight, valid, count)
+        out["ess"] = torch.where(square > 0, mean * mean / square, 0.0)
+    return out

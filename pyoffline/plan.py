@@ -1,0 +1,110 @@
+"""The chunk plan: how many rows of logits exist at a time, and the context managers that override it.
+
+By a memory budget, not by a ratio of V to D: the fixed traffic of a chunk (the fp32 dweight accumulator is read and
+written, the weight read twice) costs about 363/C of the GEMM time on a GPU, so chunks are as large as the budget allows
+and equally sized. Not here: running anything.
+"""
+
+import contextlib
+import contextvars
+import math
+from dataclasses import dataclass
+
+import torch
+
+MIB = 1 << 20
+# DESIGN.md section 4: at most 1 GiB on a GPU, 512 MiB on a CPU.
+DEFAULT_BUDGET = {"cpu": 512 * MIB, "cuda": 1024 * MIB}
+# Rows of a chunk in deterministic mode: every GEMM has this shape whatever the batch.
+DETERMINISTIC_ROWS = 256
+# Chunks are cut at multiples of this where there is more than one: full tiles for the GEMMs.
+ROW_MULTIPLE = 16
+
+_rows = contextvars.ContextVar("pyoffline_chunk_rows", default=0)
+_budget = contextvars.ContextVar("pyoffline_memory_budget", default=0)
+_deterministic = contextvars.ContextVar("pyoffline_deterministic", default=False)
+
+
+@contextlib.contextmanager
+def _override(var, value):
+    token = var.set(value)
+    try:
+        yield
+    finally:
+        var.reset(token)
+
+
+def _positive(name: str, n: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {n!r}")
+    return n
+
+
+def chunk_rows(n: int):
+    """Context manager: at most `n` rows of logits at a time, whatever the budget (tests, tuning)."""
+    return _override(_rows, _positive("chunk_rows", n))
+
+
+def memory_budget(nbytes: int):
+    """Context manager: at most `nbytes` for one chunk of logits (default 512 MiB on a CPU, 1 GiB on a GPU)."""
+    return _override(_budget, _positive("memory_budget", nbytes))
+
+
+def deterministic():
+    """Context manager: every GEMM at one fixed chunk shape, the last chunk zero-padded, no autotune.
+
+    Then a row's log-prob does not depend on the batch, its position or the number of chunks.
+    `torch.use_deterministic_algorithms(True)` turns it on too.
+    """
+    return _override(_deterministic, True)
+
+
+def is_deterministic() -> bool:
+    """Whether `deterministic()` or torch's own switch is on."""
+    return _deterministic.get() or torch.are_deterministic_algorithms_enabled()
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The overrides in force, as plain integers that a custom op can carry: 0 means default."""
+
+    rows: int
+    budget: int
+    deterministic: bool
+
+
+def current_settings() -> PlanSettings:
+    """What the context managers say now."""
+    return PlanSettings(_rows.get(), _budget.get(), is_deterministic())
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """`rows` per chunk; `padded`: the last chunk is zero-padded to `rows`."""
+
+    n: int
+    rows: int
+    padded: bool
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        return [(i, min(i + self.rows, self.n)) for i in range(0, self.n, self.rows)]
+
+
+def plan_chunks(
+    n: int, vocab: int, itemsize: int, settings: PlanSettings, device: str
+) -> ChunkPlan:
+    """Rows per chunk for `n` rows of `vocab` logits of `itemsize` bytes."""
+    budget = settings.budget or DEFAULT_BUDGET.get(device, DEFAULT_BUDGET["cuda"])
+    largest = max(1, budget // max(1, vocab * itemsize))
+    if settings.deterministic:
+        rows = settings.rows or min(DETERMINISTIC_ROWS, largest)
+        return ChunkPlan(n, rows, True)
+    if settings.rows:
+        return ChunkPlan(n, settings.rows, False)
+    if n <= largest:
+        return ChunkPlan(n, max(n, 1), False)
+    chunks = math.ceil(n / largest)
+    rows = math.ceil(n / chunks)
+    rounded = math.ceil(rows / ROW_MULTIPLE) * ROW_MULTIPLE
+    return ChunkPlan(n, rounded if rounded <= largest else rows, False)

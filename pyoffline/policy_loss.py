@@ -1,0 +1,129 @@
+"""The main entry: any token-local objective on hidden states and a head, or on logits that the caller has.
+
+One pass over chunks of the logits forms the loss, the row statistics and the gradients. Not here: the chunk loop
+(`chunk_loop.py`), the objectives (`token_objectives.py`), aggregation (`aggregate.py`: the caller's weights).
+"""
+
+import torch
+from torch import Tensor
+
+from pyoffline import autograd, checks, ops  # noqa: F401  autograd registers the formulas
+from pyoffline.backends import pick
+from pyoffline.calls import stats_dtype
+from pyoffline.compose import Objective
+from pyoffline.flatten import flatten_head, flatten_tokens, objective_program
+from pyoffline.head import Head
+from pyoffline.metrics import token_metrics
+from pyoffline.plan import current_settings
+from pyoffline.records import LossOutput, TokenBatch, TokenStats
+
+
+def plan_list() -> list[int]:
+    """The chunk plan's overrides as a custom op carries them."""
+    s = current_settings()
+    return [s.rows, s.budget, int(s.deterministic)]
+
+
+def _output(flat, result, shape) -> LossOutput:
+    loss, _, *stats = result
+    detached = [x.detach() for x in stats[:5]]
+    metrics = token_metrics(flat, *detached)
+    return LossOutput(loss, TokenStats(*(x.reshape(shape) for x in detached)), metrics)
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # [..., D] any float
+    head: Head,
+    tokens: TokenBatch,
+    objective: Objective,
+) -> LossOutput:
+    """`(weights * objective(log_softmax(head(hidden))[labels])).sum()`, loss and gradient in one pass over chunks.
+
+    Equivalent PyTorch for `po.WeightedNLL()`:
+    `logps = head(hidden).float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]`
+    `loss = (weights * -advantages * logps)[labels != ignore_index].sum()`
+
+    Shapes: hidden [..., D], the tensors of `tokens` [...]; hidden and weight share a dtype (bf16, fp16, fp32, fp64).
+    Statistics and loss are fp32 (fp64 for fp64). Memory: one chunk of logits (512 MiB on a CPU) and an fp32 [V, D]
+    accumulator when a trainable head takes several chunks; independent of the number of tokens otherwise.
+
+    Returns LossOutput(loss, stats, metrics). Gradients reach hidden, the head's weight, bias and LoRA factors, as each
+    requires it. Advantages and log-probs in `tokens` are constants.
+
+    Raises:
+        IndexError: a label outside [0, V) that is not ignore_index (names row and value).
+        ValueError: a shape or device that does not fit, a tensor that the objective lacks or does not read.
+        TypeError: a dtype or object of the wrong kind.
+    """
+    program = objective_program(objective, tokens)
+    if not isinstance(head, Head):
+        raise TypeError(
+            f"head: expected a po.Head, got {type(head).__name__}; use po.Head.of(model)"
+        )
+    x = flatten_head(hidden, head.tensors())
+    shape, device = hidden.shape[:-1], hidden.device
+    flat = flatten_tokens(tokens, shape, device, stats_dtype(x.hidden.dtype), program)
+    result = ops.linear_policy(
+        *x.linear,
+        flat.labels,
+        flat.weights,
+        flat.old,
+        flat.mu,
+        flat.ref,
+        flat.adv,
+        flat.temperature,
+        flat.extras,
+        None,
+        program.hyper,
+        x.scalars,
+        program.codes,
+        flat.gates,
+        flat.ignore_index,
+        x.logits_dtype,
+        x.needs,
+        pick(device.type, x.hidden.dtype),
+        plan_list(),
+    )
+    return _output(flat, result[:7], shape)
+
+
+def policy_loss(
+    logits: Tensor,  # [..., V] any float
+    tokens: TokenBatch,
+    objective: Objective,
+) -> LossOutput:
+    """`linear_policy_loss` on logits [..., V] that the caller already has; they are never written.
+
+    Allocates one tensor of the logits' size when they require a gradient (the gradient), nothing of that size otherwise.
+    `tokens.temperature` divides the logits. Errors as `linear_policy_loss`.
+    """
+    program = objective_program(objective, tokens)
+    checks.floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")
+    shape, device = logits.shape[:-1], logits.device
+    flat = flatten_tokens(tokens, shape, device, stats_dtype(logits.dtype), program)
+    result = ops.logits_policy(
+        logits.reshape(-1, logits.shape[-1]),
+        flat.labels,
+        flat.weights,
+        flat.old,
+        flat.mu,
+        flat.ref,
+        flat.adv,
+        flat.temperature,
+        flat.extras,
+        None,
+        program.hyper,
+        program.codes,
+        flat.gates,
+        flat.ignore_index,
+        wants_grad(logits),
+        pick(device.type, logits.dtype),
+    )
+    return _output(flat, result[:7], shape)
+
+
+def wants_grad(x: Tensor) -> bool:
+    """Whether autograd will ask for this tensor's gradient."""
+    return torch.is_grad_enabled() and x.requires_grad
