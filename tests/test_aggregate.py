@@ -180,6 +180,14 @@ def test_num_items_in_batch(count):
     assert got.dtype == torch.float32 and got.tolist() == [[0.125, 0.125, 0.0]]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_host_sync(mode):
+    """On the meta device every read-back raises."""
+    mask = torch.ones(2, 3, dtype=torch.bool, device="meta")
+    groups = torch.zeros(2, dtype=torch.int64, device="meta") if mode == "prompt-mean" else None
+    assert token_weights(mask, mode, group_ids=groups).shape == (2, 3)
+
+
 def test_peers_formulas():
     """verl's agg_loss and TRL's loss_type, written as they write them."""
     g = torch.Generator().manual_seed(3)
