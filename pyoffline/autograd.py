@@ -1,8 +1,9 @@
 """Autograd formulas of the custom ops.
 
-A scalar loss has its gradients formed in the forward; the backward applies the upstream gradient to them, in place and
-once, and gives them away. A second backward (retain_graph) recomputes. Token log-probs recompute the logits in their
-backward, from the row coefficients that arrive. Double backward raises and names the op. Not here: the ops (`ops.py`).
+A scalar loss has its gradients formed in the forward; the backward applies the upstream gradient
+to them, in place and once, and gives them away. A second backward (retain_graph) recomputes. Token
+log-probs recompute the logits in their backward, from the row coefficients that arrive. Double
+backward raises and names the op. Not here: the ops (`ops.py`).
 """
 
 import torch
@@ -15,12 +16,16 @@ LINEAR_INPUTS = ("hidden", "weight", "bias", "adapter_hidden", "adapter_weight")
 
 
 def _eager(x: Tensor) -> bool:
-    """A real tensor in eager mode, whose memory may be written; fake and functional tensors are subclasses."""
+    """A real tensor in eager mode, whose memory may be written; fake and functional tensors are
+    subclasses.
+    """
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * upstream, cast once; in place where the gradient is ours to write, untouched where upstream is 1."""
+    """grad * upstream, cast once; in place where the gradient is ours to write, untouched where
+    upstream is 1.
+    """
     if not _eager(grad) or upstream.device.type != "cpu":
         return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
     factor = upstream.item()

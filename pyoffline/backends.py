@@ -1,7 +1,8 @@
 """The table of backends: which one serves which op, what is picked, and why not the others.
 
-`use_backend("cpu")` overrides the choice for a block; asking for a backend that is not there raises with the reason.
-Nothing falls back in silence: "auto" takes the first available backend of the op's row. Not here: the backends.
+`use_backend("cpu")` overrides the choice for a block; asking for a backend that is not there
+raises with the reason. Nothing falls back in silence: "auto" takes the first available backend of
+the op's row. Not here: the backends.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ def why_not(name: str, device: str, dtype: torch.dtype | None = None) -> str | N
 def use_backend(name: str):
     """Use this backend ("reference", "cpu", "triton", "cuda" or "auto") inside the block.
 
-    Raises ValueError for an unknown name at once, RuntimeError with the reason for one that is not there.
+    Raises ValueError for an unknown name at once, RuntimeError with the reason for one that is not
+    there.
     """
     if name not in (*NAMES, "auto"):
         raise ValueError(f"use_backend: expected one of {', '.join(NAMES)}, auto; got {name!r}")
@@ -89,7 +91,9 @@ class BackendTable:
 
 
 def backends() -> BackendTable:
-    """What is there, what is picked for each op and device, and why not the others: `print(po.backends())`."""
+    """What is there, what is picked for each op and device, and why not the others:
+    `print(po.backends())`.
+    """
     rows = []
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         for op in OPS:

@@ -1,7 +1,9 @@
-"""Flat records that travel between the custom ops and the backends: tensors of N rows, no objects of the public API.
+"""Flat records that travel between the custom ops and the backends: tensors of N rows, no objects
+of the public API.
 
-`Rows` is what a row pass reads, `RowOutputs` what it writes; `LinearCall` / `LogitsCall` add where the logits come from.
-A backend implements `linear(LinearCall)` and `logits(LogitsCall)`. Not here: checks, shapes other than flat.
+`Rows` is what a row pass reads, `RowOutputs` what it writes; `LinearCall` / `LogitsCall` add where
+the logits come from. A backend implements `linear(LinearCall)` and `logits(LogitsCall)`. Not here:
+checks, shapes other than flat.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -28,7 +30,9 @@ class HeadScalars:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Per-row inputs, [N] (labels int64, others fp32 or fp64), and what all rows share ([V] vectors, the program)."""
+    """Per-row inputs, [N] (labels int64, others fp32 or fp64), and what all rows share ([V]
+    vectors, the program).
+    """
 
     labels: Tensor
     weights: Tensor | None = None
@@ -127,7 +131,9 @@ class LinearCall:
 
 @dataclass(frozen=True, eq=False)
 class LinearResult:
-    """Gradients are fp32 for fp16 inputs (they are cast once, after the upstream gradient); None where not needed."""
+    """Gradients are fp32 for fp16 inputs (they are cast once, after the upstream gradient); None
+    where not needed.
+    """
 
     loss: Tensor
     out: RowOutputs
@@ -150,7 +156,9 @@ class LogitsCall:
 
 @dataclass(frozen=True, eq=False)
 class LogitsResult:
-    """`dlogits` [N, V] in the logits' dtype, or None; to be multiplied by `unscale` (a power of two, 1 but for fp16)."""
+    """`dlogits` [N, V] in the logits' dtype, or None; to be multiplied by `unscale` (a power of
+    two, 1 but for fp16).
+    """
 
     loss: Tensor
     out: RowOutputs

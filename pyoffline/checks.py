@@ -60,8 +60,7 @@ def linear_shapes(hidden: Tensor, weight: Tensor) -> None:
             f"hidden: expected [..., {width}] to fit the head's weight [{vocab}, {width}], "
             f"got {got}{hint}"
         )
-    if width_zero := (weight.shape[1] == 0 or weight.shape[0] == 0):
-        assert width_zero
+    if weight.numel() == 0:
         raise ValueError(f"head: weight has shape {tuple(weight.shape)}; V and D must be positive")
 
 

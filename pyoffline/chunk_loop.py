@@ -1,7 +1,8 @@
 """The fused linear loss head: a loop over chunks of rows, the same for every backend.
 
-Per chunk: logits GEMM, row pass (logits become dlogits in place), dhidden GEMM, dweight GEMM accumulated in fp32. Rows that
-do not count are compacted away first. A backend supplies the steps as `Kernels`. Not here: autograd, checks of user input.
+Per chunk: logits GEMM, row pass (logits become dlogits in place), dhidden GEMM, dweight GEMM
+accumulated in fp32. Rows that do not count are compacted away first. A backend supplies the steps
+as `Kernels`. Not here: autograd, checks of user input.
 """
 
 import math
@@ -15,7 +16,9 @@ from pyoffline.plan import plan_chunks
 
 
 class Kernels(Protocol):
-    """What a backend must provide; every tensor is [C, V], [C, D] or [V, D] and contiguous unless said otherwise."""
+    """What a backend must provide; every tensor is [C, V], [C, D] or [V, D] and contiguous unless
+    said otherwise.
+    """
 
     device: str
 
@@ -27,7 +30,9 @@ class Kernels(Protocol):
     def row_pass(
         self, logits: Tensor, rows: Rows, out: RowOutputs, grad: torch.dtype | None, scale: float
     ) -> Tensor | None:
-        """Fill `out`; with `grad` return dlogits * scale in that dtype (may reuse the logits' memory)."""
+        """Fill `out`; with `grad` return dlogits * scale in that dtype (may reuse the logits'
+        memory).
+        """
 
     def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
         """[C, D] fp32 (fp64) = dlogits @ weight."""
@@ -49,7 +54,9 @@ def grad_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class WeightGrad:
-    """A [V, D] gradient in the making: an fp32 accumulator when several chunks add to it, else written at once."""
+    """A [V, D] gradient in the making: an fp32 accumulator when several chunks add to it, else
+    written at once.
+    """
 
     def __init__(self, k: Kernels, weight: Tensor, chunks: int, scale: float):
         self.scale = scale
@@ -63,7 +70,9 @@ class WeightGrad:
 
 
 def power_of_two_scale(rows: Rows, dtype: torch.dtype) -> float:
-    """fp16 only: the power of two that brings the largest weight to [1, 2), so that dlogits do not underflow."""
+    """fp16 only: the power of two that brings the largest weight to [1, 2), so that dlogits do not
+    underflow.
+    """
     if dtype != torch.float16:
         return 1.0
     top = 1.0
@@ -155,7 +164,9 @@ def _empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
 
 
 def check_labels(labels: Tensor, vocab: int, index: Tensor | None) -> None:
-    """CPU: IndexError naming the row (of the flattened batch) and the value of the first bad label."""
+    """CPU: IndexError naming the row (of the flattened batch) and the value of the first bad
+    label.
+    """
     bad = ((labels < 0) | (labels >= vocab)).nonzero()
     if bad.numel():
         row = int(bad[0])

@@ -1,7 +1,8 @@
-"""The base class of every objective: composition by `+`, `-` and `*`, and the flat program that kernels run.
+"""The base class of every objective: composition by `+`, `-` and `*`, and the flat program that
+kernels run.
 
-Objectives are frozen dataclasses; their coefficients add per row. Not here: the rows (`objectives.py`), the public
-objectives (`token_objectives.py`), custom ones (`custom.py`).
+Objectives are frozen dataclasses; their coefficients add per row. Not here: the rows
+(`objectives.py`), the public objectives (`token_objectives.py`), custom ones (`custom.py`).
 """
 
 import math
@@ -12,7 +13,9 @@ from pyoffline.program import Program, compile_terms
 
 
 class Objective:
-    """Base of everything that `+`, `-` and `*` compose. `terms(has_mu)` lists the rows it is made of."""
+    """Base of everything that `+`, `-` and `*` compose. `terms(has_mu)` lists the rows it is made
+    of.
+    """
 
     def terms(self, has_mu: bool = False) -> tuple[Term, ...]:
         raise NotImplementedError
@@ -26,7 +29,9 @@ class Objective:
         object.__setattr__(self, "_programs", programs)
 
     def program(self, has_mu: bool) -> Program:
-        """The flat form, built with the object so that torch.compile sees its floats as a tensor."""
+        """The flat form, built with the object so that torch.compile sees its floats as a
+        tensor.
+        """
         return self._programs[has_mu]
 
     def __add__(self, other):

@@ -1,8 +1,9 @@
 """The CPU backend: vendor GEMMs around the C++ row pass of `pyoffline._C`.
 
-bf16 and fp16 products go to MKL's `gemm_*f32` where libtorch carries it (fp32 accumulation with beta = 1, which torch's own
-API lacks), fp32 products to torch. Where the symbol is absent, panels of the weight are widened to fp32 and multiplied
-there (`panel_gemm.py`). Large buffers ask for huge pages. Not here: the chunk loop.
+bf16 and fp16 products go to MKL's `gemm_*f32` where libtorch carries it (fp32 accumulation with
+beta = 1, which torch's own API lacks), fp32 products to torch. Where the symbol is absent, panels
+of the weight are widened to fp32 and multiplied there (`panel_gemm.py`). Large buffers ask for
+huge pages. Not here: the chunk loop.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Drop-ins for `F.cross_entropy` and `F.linear_cross_entropy`: the same names, order and meaning.
 
-The loss is fp32 whatever the input (torch returns bf16 for bf16, off by up to 0.07 nat), the logits of the linear form are
-never whole. One documented difference: when every target is ignored the mean is 0, not NaN. Not here: class
-probabilities as targets (they raise).
+The loss is fp32 whatever the input (torch returns bf16 for bf16, off by up to 0.07 nat), the
+logits of the linear form are never whole. One documented difference: when every target is ignored
+the mean is 0, not NaN. Not here: class probabilities as targets (they raise).
 """
 
 import torch
@@ -45,7 +45,8 @@ def _targets(target: Tensor, shape, device, classes: int) -> Tensor:
         raise TypeError(f"target: expected int64 class indices, got {target.dtype}")
     if tuple(target.shape) != tuple(shape):
         raise ValueError(
-            f"target: expected shape {tuple(shape)} for {classes} classes, got {tuple(target.shape)}"
+            f"target: expected shape {tuple(shape)} for {classes} classes, "
+            f"got {tuple(target.shape)}"
         )
     checks.same_device("target", target, device)
     return target.reshape(-1).long()
@@ -99,10 +100,12 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy(softcap * tanh(input / softcap), target, ...) + z_loss * mean(lse**2)`, in fp32.
+    """`F.cross_entropy(softcap * tanh(input / softcap), target, ...) + z_loss * mean(lse**2)`, in
+    fp32.
 
-    Never writes `input`. Allocates its gradient, formed in the forward (recomputed for reduction="none"). All targets
-    ignored: 0 (torch gives NaN). Class probabilities as targets raise NotImplementedError.
+    Never writes `input`. Allocates its gradient, formed in the forward (recomputed for
+    reduction="none"). All targets ignored: 0 (torch gives NaN). Class probabilities as targets
+    raise NotImplementedError.
     """
     checks.floating("input", input)
     if input.dim() == 0:
@@ -144,10 +147,12 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)` without the [N, C] logits, in fp32.
+    """`F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)` without the [N,
+    C] logits, in fp32.
 
-    Three GEMMs and one chunk of logits for "mean" and "sum"; "none" recomputes in the backward (four GEMMs). All targets
-    ignored: 0. `options` (torch's chunking) must be None: chunks are planned by `po.memory_budget`.
+    Three GEMMs and one chunk of logits for "mean" and "sum"; "none" recomputes in the backward
+    (four GEMMs). All targets ignored: 0. `options` (torch's chunking) must be None: chunks are
+    planned by `po.memory_budget`.
     """
     if options is not None:
         raise ValueError(

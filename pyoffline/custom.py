@@ -1,8 +1,9 @@
 """A per-token objective written once, in plain torch ops, and run fused on every backend.
 
-`fn(t) -> loss` is traced once to `(loss, a, b, c) = (L, dL/dlogp, dL/dentropy, dL/dlse)`; the row pass hands out its row
-scalars per chunk, the traced graph runs on those C-vectors, and the coefficients go back in. Not here: objectives that
-look at other tokens (a token's loss must depend on that token only; registration checks it).
+`fn(t) -> loss` is traced once to `(loss, a, b, c) = (L, dL/dlogp, dL/dentropy, dL/dlse)`; the row
+pass hands out its row scalars per chunk, the traced graph runs on those C-vectors, and the
+coefficients go back in. Not here: objectives that look at other tokens (a token's loss must depend
+on that token only; registration checks it).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,9 @@ _TOKEN_INPUTS = ("old", "mu", "ref", "adv")
 
 
 class TokenView:
-    """What a custom objective sees: `t.logp, t.entropy, t.lse, t.old, t.mu, t.ref, t.adv, t.extra[...], t.params`."""
+    """What a custom objective sees: `t.logp, t.entropy, t.lse, t.old, t.mu, t.ref, t.adv,
+    t.extra[...], t.params`.
+    """
 
     def __init__(self, values: Mapping[str, Tensor], extra: Mapping[str, Tensor], params: "Params"):
         self.__dict__.update(values)
@@ -76,7 +79,9 @@ def _sample(n: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Traced:
-    """Traced graphs (one per dtype) and what they read; `number` is the place in this process's registry."""
+    """Traced graphs (one per dtype) and what they read; `number` is the place in this process's
+    registry.
+    """
 
     name: str
     graphs: dict[torch.dtype, Callable]
@@ -150,8 +155,8 @@ def _check_per_token(fn, name, view, n) -> None:
         )
     if not torch.allclose(fn(view(slice(0, 3))), loss[:3], rtol=1e-9, atol=1e-12):
         raise ValueError(
-            f"custom objective {name!r} mixes tokens: the loss of the first three tokens changed when "
-            "the others were left out. A token's loss may depend on that token only."
+            f"custom objective {name!r} mixes tokens: the loss of the first three tokens changed "
+            "when the others were left out. A token's loss may depend on that token only."
         )
 
 
@@ -170,14 +175,17 @@ def _check_closed_form(closed_form, traced, name, view, args) -> None:
 def custom(
     fn: Callable, *, closed_form: Callable | None = None, **params: float
 ) -> CustomObjective:
-    """Make an objective of `fn(t) -> loss [C]`, written in plain torch ops on the row scalars of a token.
+    """Make an objective of `fn(t) -> loss [C]`, written in plain torch ops on the row scalars of a
+    token.
 
-    `t.logp, t.entropy, t.lse, t.old, t.mu, t.ref, t.adv, t.extra["name"]` are [C] vectors; `params` are floats reached
-    as `t.params.alpha` (0-d tensors at run time). Use `.detach()` for stop-gradient. Equivalent PyTorch:
-    `loss = (weights * fn(t)).sum()` with autograd through logp, entropy and lse.
+    `t.logp, t.entropy, t.lse, t.old, t.mu, t.ref, t.adv, t.extra["name"]` are [C] vectors;
+    `params` are floats reached as `t.params.alpha` (0-d tensors at run time). Use `.detach()` for
+    stop-gradient. Equivalent PyTorch: `loss = (weights * fn(t)).sum()` with autograd through logp,
+    entropy and lse.
 
     Args:
-        closed_form: optional `(t) -> (loss, dL/dlogp, dL/dentropy, dL/dlse)`, checked against autograd and then used.
+        closed_form: optional `(t) -> (loss, dL/dlogp, dL/dentropy, dL/dlse)`, checked against
+        autograd and then used.
 
     Raises:
         ValueError: the function mixes tokens, returns another shape, or the closed form differs.
@@ -225,7 +233,8 @@ def custom(
 
 
 def register_objective(fn: Callable | None = None, *, closed_form=None, **params: float):
-    """Decorator: `custom` under the function's own name, so that configuration files can name it too.
+    """Decorator: `custom` under the function's own name, so that configuration files can name it
+    too.
 
     >>> @register_objective(alpha=0.5)
     ... def my_power(t):
@@ -241,7 +250,9 @@ def register_objective(fn: Callable | None = None, *, closed_form=None, **params
 
 
 def ShapedIS(f: Callable[[Tensor], Tensor]) -> CustomObjective:  # noqa: N802  an objective's name
-    """`-sg(f(w)) A l`, coef -f(w) A, for any elementwise shape f of the importance weight w = exp(l-mu)."""
+    """`-sg(f(w)) A l`, coef -f(w) A, for any elementwise shape f of the importance weight w =
+    exp(l-mu).
+    """
 
     def shaped_is(t):
         shape = f(torch.exp(t.logp.detach() - t.mu))

@@ -13,7 +13,9 @@ PER_ROW_BYTES = 64  # row scalars, labels and their compacted copies
 
 @dataclass(frozen=True)
 class Explanation:
-    """Sizes in bytes, work in FLOP; `extra_nbytes` is beyond the inputs and their gradients. Print it."""
+    """Sizes in bytes, work in FLOP; `extra_nbytes` is beyond the inputs and their gradients. Print
+    it.
+    """
 
     n_tokens: int
     hidden: int
@@ -33,7 +35,8 @@ class Explanation:
         mib = {k: v / MIB for k, v in vars(self).items() if k.endswith("nbytes")}
         return "\n".join(
             (
-                f"{self.n_tokens} tokens, hidden {self.hidden}, vocabulary {self.vocab}, {self.dtype}",
+                f"{self.n_tokens} tokens, hidden {self.hidden}, vocabulary {self.vocab}, "
+                f"{self.dtype}",
                 f"  chunks        {self.chunks} of {self.chunk_rows} rows, "
                 f"{mib['chunk_nbytes']:.0f} MiB of logits at a time "
                 f"(all of them would be {mib['full_logits_nbytes']:.0f} MiB)",
@@ -53,9 +56,11 @@ def explain(
     train_head: bool = True,
     device: str = "cpu",
 ) -> Explanation:
-    """Chunk plan, peak extra memory [bytes] and GEMM work [FLOP] of `linear_policy_loss` with gradients.
+    """Chunk plan, peak extra memory [bytes] and GEMM work [FLOP] of `linear_policy_loss` with
+    gradients.
 
-    `n_tokens` counts the tokens that take part; `train_head=False`: a frozen head, two GEMMs and no [V, D].
+    `n_tokens` counts the tokens that take part; `train_head=False`: a frozen head, two GEMMs and
+    no [V, D].
     """
     for name, value in (("n_tokens", n_tokens), ("hidden", hidden), ("vocab", vocab)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -1,7 +1,8 @@
-"""From the public records to the flat tensors of the ops: checks, broadcasts, casts, default weights.
+"""From the public records to the flat tensors of the ops: checks, broadcasts, casts, default
+weights.
 
-The only place where the shapes of the public API are interpreted. A tensor that nothing reads is an error that names it.
-Not here: any loss.
+The only place where the shapes of the public API are interpreted. A tensor that nothing reads is
+an error that names it. Not here: any loss.
 """
 
 from dataclasses import dataclass, fields
@@ -73,7 +74,9 @@ def _autocast(device: str, *tensors):
 
 
 def _adapter(head: HeadTensors, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """LoRA as a second pair of GEMM operands: u = scale * dropout(x) A^T [N, r] and B [V, r]; W + sBA is never formed."""
+    """LoRA as a second pair of GEMM operands: u = scale * dropout(x) A^T [N, r] and B [V, r]; W +
+    sBA is never formed.
+    """
     if not head.adapters:
         return None, None
     parts, factors = [], []
@@ -153,8 +156,8 @@ def check_all_read(tokens: TokenBatch, program: Program, owner: str) -> None:
         given = getattr(tokens, field) is not None
         if given and short not in program.reads:
             raise ValueError(
-                f"tokens.{field} is given but {owner} does not read it. Leave it out, or add a term "
-                "that does (0.0 * po.KL(...) reads it for metrics only)"
+                f"tokens.{field} is given but {owner} does not read it. Leave it out, or add a "
+                "term that does (0.0 * po.KL(...) reads it for metrics only)"
             )
         required = short in program.reads and (short != "adv" or program.needs_adv)
         if required and not given:
@@ -215,7 +218,9 @@ def flatten_tokens(
 
 
 def objective_program(objective, tokens: TokenBatch) -> Program:
-    """The flat program of an objective for this batch; TypeError and ValueError name what is wrong."""
+    """The flat program of an objective for this batch; TypeError and ValueError name what is
+    wrong.
+    """
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective: expected an objective such as po.PPOClip(), got {type(objective).__name__}"

@@ -1,6 +1,7 @@
 """Token log-probs and row statistics: what adapters of other trainers use.
 
-`linear_token_logps` needs one GEMM without gradients and recomputes the logits in its backward. Not here: losses.
+`linear_token_logps` needs one GEMM without gradients and recomputes the logits in its backward.
+Not here: losses.
 """
 
 import torch
@@ -22,11 +23,13 @@ def linear_token_logps(
     temperature: Tensor | None = None,  # [...] per token, replaces the head's
     ignore_index: int = -100,
 ) -> TokenStats:
-    """`log_softmax(head(hidden).float(), -1).gather(-1, labels[..., None])[..., 0]` and the row's other statistics.
+    """`log_softmax(head(hidden).float(), -1).gather(-1, labels[..., None])[..., 0]` and the row's
+    other statistics.
 
-    Returns TokenStats(logps, entropy, lse, log_sum_p2, is_top1), fp32, of the labels' shape, 0 where
-    `labels == ignore_index`; logps, entropy and lse are differentiable in hidden and the head. Memory: one chunk of
-    logits; the backward recomputes them (four GEMMs in all). Errors as `linear_policy_loss`.
+    Returns TokenStats(logps, entropy, lse, log_sum_p2, is_top1), fp32, of the labels' shape, 0
+    where `labels == ignore_index`; logps, entropy and lse are differentiable in hidden and the
+    head. Memory: one chunk of logits; the backward recomputes them (four GEMMs in all). Errors as
+    `linear_policy_loss`.
     """
     if not isinstance(head, Head):
         raise TypeError(
@@ -55,7 +58,9 @@ def token_logps(
     temperature: Tensor | float | None = None,  # [...] per token, or one float
     ignore_index: int = -100,
 ) -> TokenStats:
-    """`linear_token_logps` on logits [..., V]; never writes them, and saves nothing else of their size."""
+    """`linear_token_logps` on logits [..., V]; never writes them, and saves nothing else of their
+    size.
+    """
     checks.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")

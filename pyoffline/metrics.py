@@ -1,7 +1,8 @@
-"""Metrics of one loss call under the names that people already plot, from raw ratios, on device, with no host sync.
+"""Metrics of one loss call under the names that people already plot, from raw ratios, on device,
+with no host sync.
 
-Everything is a mean (or min, max, count) over the positions that count. Not here: sequence-level diagnostics
-(`diagnostics.py`).
+Everything is a mean (or min, max, count) over the positions that count. Not here: sequence-level
+diagnostics (`diagnostics.py`).
 """
 
 import torch

@@ -1,19 +1,23 @@
 """One small function per token-local objective: `(loss, coef)` of one token, before its weight.
 
-An argument called logp, entropy, lse, gap, old, mu, ref, adv or anchor is a row input; every other argument is a
-hyper-parameter (None arrives as +inf). `coef` is the analytic derivative in the scalar named by the row of
-`objectives.TABLE`. `csrc/objectives.h` holds the same functions in the same order.
+An argument called logp, entropy, lse, gap, old, mu, ref, adv or anchor is a row input; every other
+argument is a hyper-parameter (None arrives as +inf). `coef` is the analytic derivative in the
+scalar named by the row of `objectives.TABLE`. `csrc/objectives.h` holds the same functions in the
+same order.
 
-Rules that keep NaN where it belongs: ratios are formed in log space and exponentiated once; a branch that is not taken
-is never multiplied; comparisons are written so that a NaN falls through to a NaN loss, and the evaluator turns a NaN loss
-into a NaN coefficient. Not here: weights, reductions, composition (`objectives.py`).
+Rules that keep NaN where it belongs: ratios are formed in log space and exponentiated once; a
+branch that is not taken is never multiplied; comparisons are written so that a NaN falls through
+to a NaN loss, and the evaluator turns a NaN loss into a NaN coefficient. Not here: weights,
+reductions, composition (`objectives.py`).
 """
 
 from pyoffline import scalar_ops as ops
 
 
 def product(x, y):
-    """x * y where 0 times anything but NaN is 0 (an infinite ratio at advantage 0 is 0, not NaN)."""
+    """x * y where 0 times anything but NaN is 0 (an infinite ratio at advantage 0 is 0, not
+    NaN).
+    """
     zero = ((x == 0) | (y == 0)) & (x == x) & (y == y)
     return ops.where(zero, 0.0 * ops.where(zero, 0.0, x), x * y)
 
@@ -58,7 +62,9 @@ def importance_weighted_sft(logp, ref, low, high):
 
 
 def ppo_surrogate(ratio, adv, clip_low, clip_high, dual_clip, delta):
-    """max(-min(r, delta) A, -clip(r) A), dual-clipped at -c A for A < 0; borders count as unclipped."""
+    """max(-min(r, delta) A, -clip(r) A), dual-clipped at -c A for A < 0; borders count as
+    unclipped.
+    """
     capped = ops.where(ratio > delta, delta, ratio)
     clipped = clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
     up = adv > 0
@@ -184,7 +190,9 @@ def topr_token(logp, mu, adv):
 
 
 def distill_token(logp, ref, low, high):
-    """-sg((ref - l) clamp(1, low, high)) l: sampled-token distillation without behaviour log-probs."""
+    """-sg((ref - l) clamp(1, low, high)) l: sampled-token distillation without behaviour
+    log-probs.
+    """
     weight = product(ref - logp, clamp(ops.exp(0.0 * ref), low, high))
     return product(-logp, weight), -weight
 

@@ -1,8 +1,9 @@
 """THE TABLE: every token-local objective and term, by number.
 
-A row is a function of `objective_math` with a number; `csrc/objectives.h` has the same function under the same number.
-`program.py` flattens a list of terms for the kernels; `compose.py` has the public base class with `+`, `-`, `*`;
-`token_objectives.py` the public dataclasses. Not here: any maths of its own.
+A row is a function of `objective_math` with a number; `csrc/objectives.h` has the same function
+under the same number. `program.py` flattens a list of terms for the kernels; `compose.py` has the
+public base class with `+`, `-`, `*`; `token_objectives.py` the public dataclasses. Not here: any
+maths of its own.
 """
 
 import difflib
@@ -20,7 +21,9 @@ MAX_PARAMS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the number shared with C++, the function, and the scalar that its coef differentiates."""
+    """One row: the number shared with C++, the function, and the scalar that its coef
+    differentiates.
+    """
 
     code: int
     fn: Callable

@@ -1,9 +1,11 @@
-"""The custom ops: flat tensors in, flat tensors out, so that torch.compile, fake tensors and opcheck work.
+"""The custom ops: flat tensors in, flat tensors out, so that torch.compile, fake tensors and
+opcheck work.
 
-Five ops: `linear_policy` and `logits_policy` give loss, row statistics and, where wanted, gradients formed in the
-forward; `linear_coefs` and `logits_coefs` turn given row coefficients into gradients (backward of the token log-probs);
-`scale_by_upstream` applies the upstream gradient. Their autograd formulas are in `autograd.py`. Flags say which gradients
-are wanted: grad mode is off inside an op, so they are computed outside.
+Five ops: `linear_policy` and `logits_policy` give loss, row statistics and, where wanted,
+gradients formed in the forward; `linear_coefs` and `logits_coefs` turn given row coefficients into
+gradients (backward of the token log-probs); `scale_by_upstream` applies the upstream gradient.
+Their autograd formulas are in `autograd.py`. Flags say which gradients are wanted: grad mode is
+off inside an op, so they are computed outside.
 """
 
 import torch
@@ -111,7 +113,9 @@ def linear_policy(
     backend: str,
     plan: list[int],
 ) -> Twelve:
-    """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, dhidden, dweight, dbias and the adapter's two."""
+    """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, dhidden, dweight, dbias and the
+    adapter's two.
+    """
     rows = _rows(
         labels,
         (weights, old, mu, ref, adv, temperature),
@@ -188,7 +192,9 @@ def linear_coefs(
     backend: str,
     plan: list[int],
 ) -> Five:
-    """dhidden, dweight, dbias and the adapter's two from given row coefficients; recomputes the logits."""
+    """dhidden, dweight, dbias and the adapter's two from given row coefficients; recomputes the
+    logits.
+    """
     vectors = (None, None, None, None, None, temperature)
     shared = (bias, class_weight)
     rows = _rows(labels, vectors, [], "", shared, (), None, head, ignore_index, coefs)

@@ -1,11 +1,11 @@
 """Low-precision products in fp32 through torch, one panel of the vocabulary at a time.
 
-The path where no vendor GEMM multiplies bf16 into fp32 (and for LoRA heads, whose second product is added before the one
-rounding). A panel of 2048 rows of the weight is widened to fp32 in cache: 258 GFLOP/s against 65 of torch's own bf16 mm on
-a CPU without bf16 units (Ice Lake Xeon, 2 cores, 2026-11-21). Not here: the choice between the paths (`cpu.py`).
+The path where no vendor GEMM multiplies bf16 into fp32 (and for LoRA heads, whose second product
+is added before the one rounding). A panel of 2048 rows of the weight is widened to fp32 in cache:
+258 GFLOP/s against 65 of torch's own bf16 mm on a CPU without bf16 units (Ice Lake Xeon, 2 cores,
+2026-11-21). Not here: the choice between the paths (`cpu.py`).
 """
 
-import torch
 from torch import Tensor
 
 PANEL = 2048
@@ -42,7 +42,9 @@ def add_dweight(
     cast: Tensor | None,
     scale: float,
 ) -> None:
-    """acc[V, D] fp32 (+)= dlogits^T @ hidden; with `cast`, each finished panel is scaled and rounded into it."""
+    """acc[V, D] fp32 (+)= dlogits^T @ hidden; with `cast`, each finished panel is scaled and
+    rounded into it.
+    """
     x = hidden.float()
     for cut in _panels(dlogits.shape[1]):
         part = dlogits[:, cut].t().float() @ x if acc is None else acc[cut]

@@ -1,8 +1,9 @@
-"""The chunk plan: how many rows of logits exist at a time, and the context managers that override it.
+"""The chunk plan: how many rows of logits exist at a time, and the context managers that override
+it.
 
-By a memory budget, not by a ratio of V to D: the fixed traffic of a chunk (the fp32 dweight accumulator is read and
-written, the weight read twice) costs about 363/C of the GEMM time on a GPU, so chunks are as large as the budget allows
-and equally sized. Not here: running anything.
+By a memory budget, not by a ratio of V to D: the fixed traffic of a chunk (the fp32 dweight
+accumulator is read and written, the weight read twice) costs about 363/C of the GEMM time on a
+GPU, so chunks are as large as the budget allows and equally sized. Not here: running anything.
 """
 
 import contextlib
@@ -41,17 +42,22 @@ def _positive(name: str, n: int) -> int:
 
 
 def chunk_rows(n: int):
-    """Context manager: at most `n` rows of logits at a time, whatever the budget (tests, tuning)."""
+    """Context manager: at most `n` rows of logits at a time, whatever the budget (tests,
+    tuning).
+    """
     return _override(_rows, _positive("chunk_rows", n))
 
 
 def memory_budget(nbytes: int):
-    """Context manager: at most `nbytes` for one chunk of logits (default 512 MiB on a CPU, 1 GiB on a GPU)."""
+    """Context manager: at most `nbytes` for one chunk of logits (default 512 MiB on a CPU, 1 GiB
+    on a GPU).
+    """
     return _override(_budget, _positive("memory_budget", nbytes))
 
 
 def deterministic():
-    """Context manager: every GEMM at one fixed chunk shape, the last chunk zero-padded, no autotune.
+    """Context manager: every GEMM at one fixed chunk shape, the last chunk zero-padded, no
+    autotune.
 
     Then a row's log-prob does not depend on the batch, its position or the number of chunks.
     `torch.use_deterministic_algorithms(True)` turns it on too.

@@ -1,7 +1,9 @@
-"""The main entry: any token-local objective on hidden states and a head, or on logits that the caller has.
+"""The main entry: any token-local objective on hidden states and a head, or on logits that the
+caller has.
 
-One pass over chunks of the logits forms the loss, the row statistics and the gradients. Not here: the chunk loop
-(`chunk_loop.py`), the objectives (`token_objectives.py`), aggregation (`aggregate.py`: the caller's weights).
+One pass over chunks of the logits forms the loss, the row statistics and the gradients. Not here:
+the chunk loop (`chunk_loop.py`), the objectives (`token_objectives.py`), aggregation
+(`aggregate.py`: the caller's weights).
 """
 
 import torch
@@ -37,23 +39,25 @@ def linear_policy_loss(
     tokens: TokenBatch,
     objective: Objective,
 ) -> LossOutput:
-    """`(weights * objective(log_softmax(head(hidden))[labels])).sum()`, loss and gradient in one pass over chunks.
+    """`(weights * objective(log_softmax(head(hidden))[labels])).sum()`, loss and gradient in one
+    pass over chunks.
 
     Equivalent PyTorch for `po.WeightedNLL()`:
     `logps = head(hidden).float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]`
     `loss = (weights * -advantages * logps)[labels != ignore_index].sum()`
 
-    Shapes: hidden [..., D], the tensors of `tokens` [...]; hidden and weight share a dtype (bf16, fp16, fp32, fp64).
-    Statistics and loss are fp32 (fp64 for fp64). Memory: one chunk of logits (512 MiB on a CPU) and an fp32 [V, D]
-    accumulator when a trainable head takes several chunks; independent of the number of tokens otherwise.
+    Shapes: hidden [..., D], the tensors of `tokens` [...]; hidden and weight share a dtype (bf16,
+    fp16, fp32, fp64). Statistics and loss are fp32 (fp64 for fp64). Memory: one chunk of logits
+    (512 MiB on a CPU) and an fp32 [V, D] accumulator when a trainable head takes several chunks;
+    independent of the number of tokens otherwise.
 
-    Returns LossOutput(loss, stats, metrics). Gradients reach hidden, the head's weight, bias and LoRA factors, as each
-    requires it. Advantages and log-probs in `tokens` are constants.
+    Returns LossOutput(loss, stats, metrics). Gradients reach hidden, the head's weight, bias and
+    LoRA factors, as each requires it. Advantages and log-probs in `tokens` are constants.
 
     Raises:
         IndexError: a label outside [0, V) that is not ignore_index (names row and value).
-        ValueError: a shape or device that does not fit, a tensor that the objective lacks or does not read.
-        TypeError: a dtype or object of the wrong kind.
+        ValueError: a shape or device that does not fit, a tensor that the objective lacks or does
+        not read. TypeError: a dtype or object of the wrong kind.
     """
     program = objective_program(objective, tokens)
     if not isinstance(head, Head):
@@ -94,8 +98,8 @@ def policy_loss(
 ) -> LossOutput:
     """`linear_policy_loss` on logits [..., V] that the caller already has; they are never written.
 
-    Allocates one tensor of the logits' size when they require a gradient (the gradient), nothing of that size otherwise.
-    `tokens.temperature` divides the logits. Errors as `linear_policy_loss`.
+    Allocates one tensor of the logits' size when they require a gradient (the gradient), nothing
+    of that size otherwise. `tokens.temperature` divides the logits. Errors as `linear_policy_loss`.
     """
     program = objective_program(objective, tokens)
     checks.floating("logits", logits)

@@ -1,8 +1,9 @@
 """A composed objective as flat data: what kernels, custom ops and torch.compile can carry.
 
-`compile_terms` turns a composed objective into integer triples (static structure) and an fp64 tensor of hyper-parameters
-(runtime values, so that twenty values of beta are one compile). `evaluate` runs a program on vectors of row scalars in
-plain PyTorch: the reference backend, and every backend when a custom Python term takes part. Not here: chunks, logits.
+`compile_terms` turns a composed objective into integer triples (static structure) and an fp64
+tensor of hyper-parameters (runtime values, so that twenty values of beta are one compile).
+`evaluate` runs a program on vectors of row scalars in plain PyTorch: the reference backend, and
+every backend when a custom Python term takes part. Not here: chunks, logits.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ _WRT = {"logp": "a", "entropy": "b", "lse": "c", "gap": "e"}
 class Program:
     """Flat form of an objective.
 
-    `codes`: (code, gate, anchor) per term (for a custom term the anchor is its registry number); `hyper`: fp64 [K, 8] on
-    the CPU, scale then parameters; `gates`: names of the extra tensors, in gate order; `reads`: the token inputs read.
+    `codes`: (code, gate, anchor) per term (for a custom term the anchor is its registry number);
+    `hyper`: fp64 [K, 8] on the CPU, scale then parameters; `gates`: names of the extra tensors, in
+    gate order; `reads`: the token inputs read.
     """
 
     codes: tuple[int, ...]
@@ -40,7 +42,9 @@ class Program:
 
 
 class RowScalars(NamedTuple):
-    """Vectors of one chunk that objective functions read, fp32 or fp64, [C]; None where not given."""
+    """Vectors of one chunk that objective functions read, fp32 or fp64, [C]; None where not
+    given.
+    """
 
     logp: Tensor
     entropy: Tensor
@@ -118,7 +122,9 @@ def _call_row(code: int, anchor: int, params: Tensor, rows: RowScalars) -> tuple
 
 
 def evaluate(codes, hyper: Tensor, rows: RowScalars, extras: dict[str, Tensor]) -> Coefs:
-    """Loss and coefficients of every term, scaled, gated and added. A gate of 0 switches a term off for that token."""
+    """Loss and coefficients of every term, scaled, gated and added. A gate of 0 switches a term
+    off for that token.
+    """
     gates = list(extras.values())
     zero = torch.zeros_like(rows.logp)
     total = {"loss": zero, "a": zero, "b": zero, "c": zero, "e": zero}

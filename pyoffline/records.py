@@ -1,7 +1,8 @@
-"""The records of the public API: what goes in (TokenBatch, SequenceBatch) and what comes out (LossOutput, TokenStats).
+"""The records of the public API: what goes in (TokenBatch, SequenceBatch) and what comes out
+(LossOutput, TokenStats).
 
-Plain frozen containers, no computation. Their contents are checked where they are used (`checks.py`, `flatten.py`), so
-that an error can name the objective that reads the tensor.
+Plain frozen containers, no computation. Their contents are checked where they are used
+(`checks.py`, `flatten.py`), so that an error can name the objective that reads the tensor.
 """
 
 from collections.abc import Mapping
@@ -13,14 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SequenceBatch:
-    """What belongs to whole sequences, each [S]; S = leading rows of a padded batch, or distinct `sequence_ids`.
+    """What belongs to whole sequences, each [S]; S = leading rows of a padded batch, or distinct
+    `sequence_ids`.
 
     Args:
         rewards: [S] float, one reward per sequence.
         group_ids: [S] integer, sequences of one prompt share a value.
-        targets: [S] float; KTO 1/0 (desirable); DPO P(chosen beats rejected), read at the chosen row.
-        ref_logps: [S] float, per-sequence sums of reference log-probs (nats).
-        weights: [S] float, omega_i of the sequence losses; default: the sums of the tokens' weights.
+        targets: [S] float; KTO 1/0 (desirable); DPO P(chosen beats rejected), read at the chosen
+        row. ref_logps: [S] float, per-sequence sums of reference log-probs (nats).
+        weights: [S] float, omega_i of the sequence losses; default: the sums of the tokens'
+        weights.
     """
 
     rewards: Tensor | None = None
@@ -32,7 +35,8 @@ class SequenceBatch:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """What an objective reads, aligned with `hidden`: position i holds what belongs to predicting `labels[i]`.
+    """What an objective reads, aligned with `hidden`: position i holds what belongs to predicting
+    `labels[i]`.
 
     Args:
         labels: [...] integer, token ids in [0, V) or `ignore_index`.
@@ -40,7 +44,8 @@ class TokenBatch:
         old_logps: [...] log-probs of the proximal policy (nats), read as `old`.
         ref_logps: [...] log-probs of the reference (or teacher), read as `ref`.
         behavior_logps: [...] log-probs of the policy that wrote the data, read as `mu`.
-        weights: [...] aggregation weights; the loss is sum(weights * loss_t). Default: 1 / number of labels that are not
+        weights: [...] aggregation weights; the loss is sum(weights * loss_t). Default: 1 / number
+        of labels that are not
             `ignore_index`.
         temperature: [...] per-token temperature, replaces the head's.
         sequence_ids: [...] 0..S-1, non-decreasing, for packed batches.
@@ -49,8 +54,8 @@ class TokenBatch:
         ignore_index: the label of a position that does not count.
         n_valid: the number of rows that count, when the caller knows it.
 
-    A position whose label is `ignore_index` or whose weight is 0 is never read: whatever its other entries hold
-    (NaN, inf), it contributes exactly 0.
+    A position whose label is `ignore_index` or whose weight is 0 is never read: whatever its other
+    entries hold (NaN, inf), it contributes exactly 0.
     """
 
     labels: Tensor
@@ -68,11 +73,12 @@ class TokenBatch:
 
 
 class TokenStats(NamedTuple):
-    """Row statistics of the labels' shape, fp32 (fp64 for fp64 inputs), 0 at positions that do not count.
+    """Row statistics of the labels' shape, fp32 (fp64 for fp64 inputs), 0 at positions that do not
+    count.
 
-    `logps` log p(label); `entropy` of the distribution (nats); `lse` log-sum-exp of the logits; `log_sum_p2` log of
-    sum p^2; `is_top1` bool, the label has the largest logit. The first three are differentiable where
-    `linear_token_logps` / `token_logps` return them.
+    `logps` log p(label); `entropy` of the distribution (nats); `lse` log-sum-exp of the logits;
+    `log_sum_p2` log of sum p^2; `is_top1` bool, the label has the largest logit. The first three
+    are differentiable where `linear_token_logps` / `token_logps` return them.
     """
 
     logps: Tensor
@@ -83,7 +89,9 @@ class TokenStats(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """`loss` (0-d, differentiable), `stats` (detached TokenStats), `metrics` (name -> detached 0-d tensor, on device)."""
+    """`loss` (0-d, differentiable), `stats` (detached TokenStats), `metrics` (name -> detached 0-d
+    tensor, on device).
+    """
 
     loss: Tensor
     stats: TokenStats

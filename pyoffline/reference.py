@@ -1,7 +1,9 @@
-"""The reference backend: plain PyTorch, any float dtype up to fp64, chunked, and readable in one sitting.
+"""The reference backend: plain PyTorch, any float dtype up to fp64, chunked, and readable in one
+sitting.
 
-The other backends are compared with this one, and this one with autograd in fp64. Logits are rounded to `logits_dtype`
-as F.linear rounds them, everything after that is fp32 (fp64 for fp64 inputs), and each gradient is rounded once.
+The other backends are compared with this one, and this one with autograd in fp64. Logits are
+rounded to `logits_dtype` as F.linear rounds them, everything after that is fp32 (fp64 for fp64
+inputs), and each gradient is rounded once.
 """
 
 import torch
@@ -22,7 +24,9 @@ from pyoffline.program import Coefs, RowScalars, evaluate
 
 
 def transform(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """z = softcap(logit_scale * (logits + bias)) / T in fp32 or fp64, and dz/dlogits as a tensor that broadcasts."""
+    """z = softcap(logit_scale * (logits + bias)) / T in fp32 or fp64, and dz/dlogits as a tensor
+    that broadcasts.
+    """
     x = logits.to(stats_dtype(logits.dtype))
     if rows.bias is not None:
         x = x + rows.bias
@@ -59,7 +63,9 @@ def row_stats(z: Tensor, rows: Rows) -> tuple[RowScalars, RowOutputs, Tensor]:
 
 
 def row_gradient(logp_all: Tensor, scalars: RowScalars, rows: Rows, coefs: Coefs) -> Tensor:
-    """dz [C, V] from the four coefficients; a product with p_v = 0 is 0 by branch, also where a coefficient is inf."""
+    """dz [C, V] from the four coefficients; a product with p_v = 0 is 0 by branch, also where a
+    coefficient is inf.
+    """
     p = logp_all.exp()
     a, b, c, e = (x[:, None] for x in (coefs.a, coefs.b, coefs.c, coefs.e))
     u = torch.ones_like(p[0]) if rows.class_weight is None else rows.class_weight.to(p.dtype)

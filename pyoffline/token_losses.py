@@ -1,7 +1,9 @@
-"""Ops that return one loss per token, so that the upstream gradient may differ per token (`reduction="none"`).
+"""Ops that return one loss per token, so that the upstream gradient may differ per token
+(`reduction="none"`).
 
-The forward keeps the row coefficients; the backward multiplies them by the upstream gradient and recomputes the logits.
-Not here: the scalar losses, which form their gradient in the forward (`ops.py`).
+The forward keeps the row coefficients; the backward multiplies them by the upstream gradient and
+recomputes the logits. Not here: the scalar losses, which form their gradient in the forward
+(`ops.py`).
 """
 
 import torch

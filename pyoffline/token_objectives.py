@@ -1,7 +1,8 @@
 """The public token-local objectives (OBJECTIVES.md, section 1) and the terms that add to them.
 
-Each class is one row of `objectives.TABLE`, or a short sum of rows; its docstring gives loss and coef per token. Symbols:
-l = log-prob of the label, p = exp(l), old / mu / ref as in TokenBatch, r = exp(l-old), w = exp(l-mu), A = advantages.
+Each class is one row of `objectives.TABLE`, or a short sum of rows; its docstring gives loss and
+coef per token. Symbols: l = log-prob of the label, p = exp(l), old / mu / ref as in TokenBatch, r
+= exp(l-old), w = exp(l-mu), A = advantages.
 """
 
 import math
@@ -29,7 +30,9 @@ def _ordered(obj, low: float, high: float | None) -> None:
 
 @objective
 class NLL(Objective):
-    """`-l`, with `label_smoothing` eps mixed in as `(1-eps)(-l) + eps mean_v(lse - z_v)` and `z_loss * lse^2`."""
+    """`-l`, with `label_smoothing` eps mixed in as `(1-eps)(-l) + eps mean_v(lse - z_v)` and
+    `z_loss * lse^2`.
+    """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -101,7 +104,9 @@ class ImportanceSampling(OneRow):
 
 @objective
 class PowerIS(OneRow):
-    """`-A expm1(alpha log w)/alpha` (alpha = 0: `-A (l-mu)`), coef -A w^alpha: power shaping f(w) = w^alpha."""
+    """`-A expm1(alpha log w)/alpha` (alpha = 0: `-A (l-mu)`), coef -A w^alpha: power shaping f(w)
+    = w^alpha.
+    """
 
     alpha: float = 0.5
 
@@ -121,7 +126,8 @@ class TruncatedIS(OneRow):
 
 @objective
 class PPOClip(OneRow):
-    """`-min(min(r, delta) A, clip(r, 1-clip_low, 1+clip_high) A)`; for A < 0 at most `-dual_clip A` (1707.06347).
+    """`-min(min(r, delta) A, clip(r, 1-clip_low, 1+clip_high) A)`; for A < 0 at most `-dual_clip
+    A` (1707.06347).
 
     coef -r A, exactly 0 where clipped; borders count as unclipped; A = 0 gives 0 even at r = inf.
     """
@@ -135,7 +141,9 @@ class PPOClip(OneRow):
 
 @objective
 class DecoupledPPO(OneRow):
-    """PPO clip on r, times `sg(exp(old-mu))`; tokens whose factor exceeds `behavior_cap` get 0 (2505.24298)."""
+    """PPO clip on r, times `sg(exp(old-mu))`; tokens whose factor exceeds `behavior_cap` get 0
+    (2505.24298).
+    """
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -167,7 +175,9 @@ class SAPO(OneRow):
 
 @objective
 class DPPO(OneRow):
-    """`-sg(min(r, cap)) A l` where the move stays inside a TV or binary-KL ball, else 0 (2602.04879)."""
+    """`-sg(min(r, cap)) A l` where the move stays inside a TV or binary-KL ball, else 0
+    (2602.04879).
+    """
 
     kind: str = "tv"
     delta_low: float = 0.2
@@ -206,7 +216,9 @@ class TOPRToken(OneRow):
 
 @objective
 class DistillToken(OneRow):
-    """`-sg((ref - l) clamp(w, low, high)) l`, ref = the teacher's log-probs; w = 1 without behavior_logps."""
+    """`-sg((ref - l) clamp(w, low, high)) l`, ref = the teacher's log-probs; w = 1 without
+    behavior_logps.
+    """
 
     low: float = 0.0
     high: float | None = None
@@ -222,7 +234,9 @@ class DistillToken(OneRow):
 
 @objective
 class KL(Objective):
-    """KL estimator of D = l - anchor: k1 = D, k2 = D^2/2, k3 = exp(-D)-1+D, k3_is = r k3; anchor ref, old or mu."""
+    """KL estimator of D = l - anchor: k1 = D, k2 = D^2/2, k3 = exp(-D)-1+D, k3_is = r k3; anchor
+    ref, old or mu.
+    """
 
     kind: str = "k3"
     against: str = "ref"

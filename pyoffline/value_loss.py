@@ -9,7 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """`0.5 * max((v - R)^2, (v_old + clamp(v - v_old, -clip, clip) - R)^2)`, weighted and summed (1707.06347).
+    """`0.5 * max((v - R)^2, (v_old + clamp(v - v_old, -clip, clip) - R)^2)`, weighted and summed
+    (1707.06347).
 
     `ValueLoss(clip=0.2)(values, returns, old_values)`; `clip=None` is the plain square.
     """
@@ -34,7 +35,8 @@ class ValueLoss:
         for name, x in (("returns", returns), ("old_values", old_values), ("weights", weights)):
             if x is not None and x.shape != values.shape:
                 raise ValueError(
-                    f"{name}: expected the values' shape {tuple(values.shape)}, got {tuple(x.shape)}"
+                    f"{name}: expected the values' shape {tuple(values.shape)}, "
+                    f"got {tuple(x.shape)}"
                 )
         if self.clip is not None and old_values is None:
             raise ValueError("ValueLoss(clip=...) needs old_values: the values at sampling time")
