@@ -85,6 +85,7 @@ OUTPUT_RULES: dict[str, tuple[OutputRule, ...]] = {
     **rows_of("modernbert-decoder electra", DEEP_HEAD),
     **rows_of("chameleon", OutputRule("refuse", "masks the logits of the image tokens")),
     **rows_of("clvp_decoder", OutputRule("refuse", "applies final_norm before the head")),
+    **rows_of("diffusion_gemma", OutputRule("refuse", "denoises blocks of tokens")),
     **rows_of("prophetnet", OutputRule("refuse", "predicts n-gram streams")),
 }
 
