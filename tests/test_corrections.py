@@ -128,6 +128,8 @@ def test_nan_at_a_valid_token_stays_visible(name):
         assert got[0].equal(CALLS[name](old[:1], mu[:1], mask[:1])[0])
     if name == "m2po":
         assert bool(got[0].isfinite().all()), "the NaN takes no part in the mean"
+        kept = corrections.m2po(old, mu, mask, tau=1.0)[~old.isnan()]
+        assert bool((kept == 1).all()), "nor does it drop what is below tau"
 
 
 @pytest.mark.parametrize("d", [-1e30, -700.0, -100.0, 100.0, 700.0, 1e30, math.inf, -math.inf])
