@@ -1,5 +1,4 @@
-"""Advantages at data time: rewards, values and stored log-probs in, one number per token or per
-sequence out.
+"""Advantages at data time: stored rewards, values and log-probs in, numbers per token out.
 
 Everywhere: `rewards` is [B] (one score a sequence) or, where it says so, [B, T] (one a token);
 `mask` is bool, [B, T] padded or [B], and a [B] result given a [B, T] mask is spread over its
@@ -49,11 +48,10 @@ def reward_to_go(rewards, mask, gamma=1.0):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """A_t = sum_{k>=t} (gamma lam)^(k-t) d_k, d_k = r_k + gamma V_{k+1} - V_k, V = 0 after the last
-    token; [B, T].
+    """A_t = sum_{k>=t} (gamma lam)^(k-t) d_k, d_k = r_k + gamma V_{k+1} - V_k; [B, T].
 
-    rewards [B, T] or [B] (on the last valid token), values [B, T]. The critic's target is A +
-    values. (1506.02438, eq. 16)
+    V = 0 after the last token. rewards [B, T] or [B] (on the last valid token), values [B, T]. The
+    critic's target is A + values. (1506.02438, eq. 16)
     """
     mask = _token_mask(mask)
     decay = _unit(gamma, "gamma") * _unit(lam, "lam")
@@ -65,12 +63,11 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def group_normalize(rewards, group_ids, mask=None, std="group", eps=1e-6):
-    """A = (R - mean_g R) / (std + eps), std unbiased, of the group or of the whole batch; None
-    divides by nothing.
+    """A = (R - mean_g R) / (std + eps), std of the group or of the whole batch, or no division.
 
-    "group" is GRPO (2402.03300, sec. 4.1.2), None is Dr.GRPO (2503.20783), "batch" TRL's
-    scale_rewards="batch". Peers' eps: verl 1e-6, TRL 1e-4, open-instruct 1e-8. A group of one, or
-    of equal rewards, gives exactly 0.
+    std is unbiased. "group" is GRPO (2402.03300, sec. 4.1.2), None is Dr.GRPO (2503.20783), "batch"
+    TRL's scale_rewards="batch". Peers' eps: verl 1e-6, TRL 1e-4, open-instruct 1e-8. A group of
+    one, or of equal rewards, gives exactly 0.
     """
     if std not in ("group", "batch", None):
         raise ValueError(f'std: expected "group", "batch" or None, got {std!r}')
@@ -85,8 +82,9 @@ def group_normalize(rewards, group_ids, mask=None, std="group", eps=1e-6):
 
 
 def leave_one_out(rewards, group_ids, mask=None):
-    """A_i = R_i - mean of the other rewards of the group = n/(n-1) (R_i - mean); 0 in a group of
-    one. (RLOO, 2402.14740)
+    """A_i = R_i - mean of the others in the group = n/(n-1) (R_i - mean). (RLOO, 2402.14740)
+
+    0 in a group of one.
     """
     r, group, valid = _scores(rewards, group_ids, mask)
     out = (r - group.mean(r)) * group.size / (group.size - 1).clamp(min=1)
@@ -94,8 +92,7 @@ def leave_one_out(rewards, group_ids, mask=None):
 
 
 def reinforce_plus_plus(rewards, mask, group_ids=None, baseline=False, gamma=1.0, eps=1e-8):
-    """Returns whitened over the valid tokens of the whole batch: (G - mean) / (std + eps).
-    (REINFORCE++, 2501.03262)
+    """A = (G - mean) / (std + eps), whitened over all valid tokens. (REINFORCE++, 2501.03262)
 
     baseline=False: G_t = reward-to-go of `rewards` ([B, T], typically `kl_shaped`, or [B]).
     baseline=True: G is the sequence's score minus its group's mean, the same on all its tokens;
@@ -142,11 +139,10 @@ def remax(rewards, greedy, mask=None):
 
 
 def opo(rewards, group_ids, lengths=None, mask=None):
-    """A = R - sum_g(len R) / sum_g(len), the variance-optimal baseline when |score|^2 ~ length.
-    (OPO, 2505.23585)
+    """A = R - sum_g(len R) / sum_g(len). (OPO, 2505.23585)
 
-    lengths [B] > 0, or the row sums of a [B, T] mask. A group of one, or of equal rewards, gives
-    exactly 0.
+    The variance-optimal baseline when |score|^2 grows with the length. lengths [B] > 0, or the row
+    sums of a [B, T] mask. A group of one, or of equal rewards, gives exactly 0.
     """
     r, group, valid = _scores(rewards, group_ids, mask)
     if lengths is None:
@@ -159,8 +155,7 @@ def opo(rewards, group_ids, lengths=None, mask=None):
 
 
 def rwr(rewards, group_ids, lam=1.0, mask=None):
-    """A = n_g softmax_g(lam R): non-negative, mean 1 over the group; all-zero-reward groups are
-    skipped (A = 0).
+    """A = n_g softmax_g(lam R): non-negative, mean 1; all-zero-reward groups are skipped (A = 0).
 
     The plug-in weights of reward-weighted regression to h e^{lam R} / Z, times the group size so
     that a token-mean keeps its scale; a constant added to a group's rewards changes nothing.
@@ -176,8 +171,7 @@ def rwr(rewards, group_ids, lam=1.0, mask=None):
 
 
 def awr(rewards, values=None, mask=None, beta=1.0, cap=20.0):
-    """A = min(exp((R - V) / beta), cap), the cap applied to the exponent, so nothing overflows.
-    (AWR, 1910.00177, alg. 1)
+    """A = min(exp((R - V) / beta), cap), capped in the exponent. (AWR, 1910.00177, alg. 1)
 
     rewards are returns ([B] or [B, T], e.g. `reward_to_go`), values of the same shape; None means
     rewards are advantages.
@@ -197,10 +191,10 @@ def awr(rewards, values=None, mask=None, beta=1.0, cap=20.0):
 
 
 def position(mask, dtype=torch.float32):
-    """A_k = (K - k) / K at the k-th of K valid tokens, k = 0..K-1: 1 at the first, 1/K at the last;
-    [B, T].
+    """A_k = (K - k) / K at the k-th of K valid tokens, k = 0..K-1; [B, T].
 
-    Forward KL between state-action occupancy measures instead of trajectories. (2403.12017, eq. 12)
+    1 at the first, 1/K at the last. Forward KL between state-action occupancy measures instead of
+    trajectories. (2403.12017, eq. 12)
     """
     mask = _token_mask(mask)
     total = mask.sum(-1, keepdim=True).double()
@@ -209,11 +203,10 @@ def position(mask, dtype=torch.float32):
 
 
 def kl_shaped(rewards, old_logps, ref_logps, mask, beta=0.05):
-    """r_t = -beta (old_t - ref_t), plus R on the last valid token: token *rewards* [B, T] for `gae`
-    or `reward_to_go`.
+    """r_t = -beta (old_t - ref_t), plus R on the last valid token; [B, T].
 
-    rewards [B] (or [B, T], added token by token); old_logps, ref_logps [B, T]. (InstructGPT,
-    2203.02155, eq. 2)
+    Token *rewards*, for `gae` or `reward_to_go`. rewards [B] (or [B, T], added token by token);
+    old_logps, ref_logps [B, T]. (InstructGPT, 2203.02155, eq. 2)
     """
     mask = _token_mask(mask)
     ratio = clean(old_logps, mask, "old_logps") - clean(ref_logps, mask, "ref_logps")
@@ -223,8 +216,7 @@ def kl_shaped(rewards, old_logps, ref_logps, mask, beta=0.05):
 
 
 def adaptive_kl(beta, kl, target):
-    """The next KL coefficient: beta / 2 if kl < target / 1.5, 2 beta if kl > 1.5 target, else beta.
-    (PPO, 1707.06347, sec. 4)
+    """beta / 2 if kl < target / 1.5, 2 beta if kl > 1.5 target, else beta. (1707.06347, sec. 4)
 
     kl is the measured mean KL of the last update, a float or a one-element tensor (read once: a
     host sync). A float comes back. ValueError if kl is not finite, or beta or target not positive.
@@ -240,13 +232,12 @@ def adaptive_kl(beta, kl, target):
 
 
 def optimal_token_baseline(rewards, group_ids, mask, old_logps, log_sum_p2, gamma=1.0):
-    """A_t = G_t - sum_g(W_t G_t) / sum_g(W_t), W_t = sum_{j<=t} (1 - 2 p_j + sum_v p_v^2), G =
-    reward-to-go; [B, T].
+    """A_t = G_t - sum_g(W_t G_t) / sum_g(W_t), W_t = sum_{j<=t} (1 - 2 p_j + sum_v p_v^2); [B, T].
 
-    The sum runs over the group's sequences that still have a t-th valid token; one alone gives 0. p
-    = exp(old_logps) and log_sum_p2 (a row statistic) are [B, T]; rewards [B, T] or [B]. |1[y] -
-    p|^2 = 1 - 2 p_y + sum p^2 is the squared length of the score with respect to the logits. (verl
-    optimal_token_baseline)
+    G is the reward-to-go. The sum runs over the group's sequences that still have a t-th valid
+    token; one alone gives 0. p = exp(old_logps) and log_sum_p2 (a row statistic) are [B, T];
+    rewards [B, T] or [B]. |1[y] - p|^2 = 1 - 2 p_y + sum p^2 is the squared length of the score
+    with respect to the logits. (verl optimal_token_baseline)
     """
     mask = _token_mask(mask)
     place = places(mask)
@@ -266,11 +257,10 @@ def optimal_token_baseline(rewards, group_ids, mask, old_logps, log_sum_p2, gamm
 
 
 def astar_value(rewards, group_ids, beta1=0.5, mask=None):
-    """V* = beta1 log mean_g exp(R / beta1) of each row's group, [B]: the optimal value of the
-    KL-regularised problem.
+    """V* = beta1 log mean_g exp(R / beta1) of each row's group; [B]. (A*-PO, 2505.20686)
 
-    Estimated from reference samples, which need not be the rows that are trained on. (A*-PO,
-    2505.20686)
+    The optimal value of the KL-regularised problem. Estimated from reference samples, which need
+    not be the rows that are trained on.
     """
     _positive(beta1, "beta1")
     r, group, valid = _scores(rewards, group_ids, mask)
@@ -280,14 +270,13 @@ def astar_value(rewards, group_ids, beta1=0.5, mask=None):
 
 
 def rso_pairs(rewards, group_ids, beta=0.5, num_samples=8, mask=None, generator=None):
-    """Draw `num_samples` answers a group from pi* ~ h e^{R/beta} by rejection, without replacement,
-    and pair them in order.
+    """Pairs of answers drawn from pi* ~ h e^{R/beta} by rejection. (RSO, 2309.06657, alg. 1)
 
-    Accepting one candidate at a time with probability exp((R - max R)/beta) and then removing it
-    orders a group as `(R/beta + gumbel).argsort(descending)`: that is how it is drawn. The 1st and
-    2nd accepted are a pair, the 3rd and 4th, ...; ties are dropped. Returns `Pairs`, groups in
-    ascending order of their ids. Host sync (the number of pairs). ValueError for a reward that is
-    not finite. (RSO, 2309.06657, alg. 1, first-round ranking)
+    `num_samples` are drawn from a group, without replacement, and paired in order. Accepting one
+    candidate at a time with probability exp((R - max R)/beta) and then removing it orders a group
+    as `(R/beta + gumbel).argsort(descending)`: that is how it is drawn. The 1st and 2nd accepted
+    are a pair, the 3rd and 4th, ...; ties are dropped. Returns `Pairs`, groups in ascending order
+    of their ids. Host sync (the number of pairs). ValueError for a reward that is not finite.
     """
     _positive(beta, "beta")
     if type(num_samples) is not int or num_samples < 2 or num_samples % 2:

@@ -1,5 +1,4 @@
-"""Aggregation as per-token weights: the loss is sum(weights * loss_t), and nothing else normalises
-it.
+"""Aggregation as per-token weights: the loss is sum(weights * loss_t).
 
 One table row per mode says what a weight divides by: a count over the whole step (tokens,
 sequences, prompts), the tokens of the unit that is averaged first (sequence, prompt), a constant
@@ -51,13 +50,13 @@ ALIASES = {
 
 @dataclass(frozen=True, eq=False)
 class GlobalCounts:
-    """Facts about the whole optimiser step, over all its micro-batches and ranks; a mode reads
-    those it needs.
+    """Facts about the whole optimiser step, over its micro-batches and ranks.
 
-    `grad_accum` and `dp_size` are what the *host* divides by: a trainer that averages the losses of
-    its micro-batches, a DDP or FSDP that averages gradients over ranks. The weights are multiplied
-    by both, so that the result is the sum over the step. Leave them 1 where the host sums, or
-    undoes its own division (HF Trainer with num_items_in_batch).
+    A mode reads those it needs. `grad_accum` and `dp_size` are what the *host* divides by: a
+    trainer that averages the losses of its micro-batches, a DDP or FSDP that averages gradients
+    over ranks. The weights are multiplied by both, so that the result is the sum over the step.
+    Leave them 1 where the host sums, or undoes its own division (HF Trainer with
+    num_items_in_batch).
     """
 
     # Counts are ints or one-element tensors on any device.
@@ -81,10 +80,10 @@ def token_weights(
     group_ids=None,  # [S] integers, rows of one prompt ("prompt-mean" only)
     dtype=torch.float32,
 ):
-    """Weights of the mask's shape such that `(weights * loss_t).sum()` is the aggregated loss; 0
-    where masked.
+    """Weights such that `(weights * loss_t).sum()` is the aggregated loss; 0 where masked.
 
-    With n_i the tokens of sequence i and m_g those of prompt g, a valid token weighs
+    Of the mask's shape. With n_i the tokens of sequence i and m_g those of prompt g, a valid token
+    weighs
         token-mean               1 / tokens
         token-mean-local         1 / tokens of this micro-batch
         seq-mean-token-mean      1 / (sequences n_i)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 def as_mask(mask, shape=None, name="mask"):
-    """`mask` as a bool tensor (nonzero = valid). TypeError for floats, ValueError for a shape other
-    than `shape`.
+    """`mask` as a bool tensor (nonzero = valid).
+
+    TypeError for floats, ValueError for a shape other than `shape`.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a bool tensor, got {type(mask).__name__}")
@@ -26,8 +27,7 @@ def as_mask(mask, shape=None, name="mask"):
 
 
 def dense_ids(ids, name="group_ids"):
-    """Ranks of `ids` among its distinct values: `ids.unique(return_inverse=True)[1]` without a host
-    sync.
+    """Ranks of `ids` among its distinct values: `ids.unique(return_inverse=True)[1]`, no sync.
 
     `ids` is any integer tensor, in any order; the result is int64 of the same shape, below
     `ids.numel()`.

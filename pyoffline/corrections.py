@@ -1,5 +1,4 @@
-"""Off-policy corrections known at data time: factors for the *advantages*, from two stored
-log-probs.
+"""Off-policy corrections known at data time: factors for the *advantages*.
 
 w = exp(old - mu), where old is what the trainer computes for the policy that should have written
 the data (`old_logps`) and mu what the sampler reported (`behavior_logps`). Multiply the advantages
@@ -23,13 +22,13 @@ LEVELS = ("token", "sequence", "sequence-mean")
 def truncate(
     old_logps, behavior_logps, mask, level="token", low=0.0, high=2.0, batch_normalize=False
 ):
-    """clamp(w, low, high): truncated importance sampling (TIS; verl rollout_is, OpenRLHF and slime
-    tis).
+    """`w.clamp(low, high)`: truncated importance sampling.
 
-    level "token": w of the token; "sequence": prod w = exp(sum (old - mu)) on every token of the
-    row; "sequence-mean": its geometric mean exp(mean (old - mu)). Peers' `high`: verl 2.0, TRL 3.0.
-    batch_normalize divides by the mean factor (over valid tokens, or over sequences at a sequence
-    level: verl rollout_is_batch_normalize), local to this call.
+    TIS; verl rollout_is, OpenRLHF and slime tis. level "token": w of the token; "sequence": prod w
+    = exp(sum (old - mu)) on every token of the row; "sequence-mean": its geometric mean exp(mean
+    (old - mu)). Peers' `high`: verl 2.0, TRL 3.0. batch_normalize divides by the mean factor (over
+    valid tokens, or over sequences at a sequence level: verl rollout_is_batch_normalize), local to
+    this call.
     """
     _check(level, low, high)
     mask = as_mask(mask)
@@ -39,11 +38,11 @@ def truncate(
 
 
 def mask(old_logps, behavior_logps, mask, level="token", low=0.0, high=2.0, batch_normalize=False):
-    """w where low <= w <= high, else 0: masked importance sampling (MIS; TRL sequence_mask) and,
-    with low > 0, IcePop.
+    """`torch.where((w < low) | (w > high), 0, w)`: masked importance sampling.
 
-    Arguments as in `truncate`. A 0/1 rejection mask is `mask(...) != 0`; OpenRLHF's seq-mask-tis is
-    that at level "sequence-mean" times `truncate(..., level="token")`.
+    MIS, TRL sequence_mask; with low > 0 IcePop. Arguments as in `truncate`. A 0/1 rejection mask is
+    `mask(...) != 0`; OpenRLHF's seq-mask-tis is that at level "sequence-mean" times `truncate(...,
+    level="token")`.
     """
     _check(level, low, high)
     valid = as_mask(mask)
@@ -55,8 +54,7 @@ def mask(old_logps, behavior_logps, mask, level="token", low=0.0, high=2.0, batc
 
 
 def m2po(old_logps, behavior_logps, mask, tau=0.04):
-    """1 or 0: drop the tokens with the largest (old - mu)^2 until the mean of those that stay is
-    below tau.
+    """1 or 0: drop the largest (old - mu)^2 until the mean of those that stay is below tau.
 
     `kept = sorted(m2)[:k]`, k the longest prefix whose mean is < tau. Tokens that tie with the
     first dropped one are dropped with it, so that the order of the batch does not matter. All

@@ -1,5 +1,4 @@
-"""What to plot: how far the data is from the policy, how many samples that leaves, how biased RWR
-is.
+"""What to plot: distance of data and policy, samples that leaves, the bias of RWR.
 
 Ratios are raw: formed in log space from the given log-probs, never clamped. Means are over valid
 tokens; what a masked one holds is not read; an empty mask gives 0. A NaN or inf at a valid token
@@ -29,9 +28,7 @@ class ClipFractions(NamedTuple):
 
 
 class RWRBias(NamedTuple):
-    """log E[RWR weight of a response] minus log of its exact weight e^{lam E r} / Z, term by term,
-    [B] each.
-    """
+    """log E[RWR weight of a response] - log of its exact weight e^{lam E r}/Z; [B] each term."""
 
     optimism: Tensor  # lam^2/2 Var[r]: does not vanish as N grows
     normalizer: Tensor  # -(log Z_eff - log Z): the same for the whole group
@@ -43,8 +40,9 @@ class RWRBias(NamedTuple):
 
 
 def effective_sample_size(log_ratio, mask):
-    """`1 / mean((w / mean(w))^2)` = (sum w)^2 / (n sum w^2), in (0, 1]; in log space, so no ratio
-    overflows. (Kish 1965)
+    """`1 / mean((w / mean(w)) ** 2)` = (sum w)^2 / (n sum w^2), in (0, 1]. (Kish 1965)
+
+    In log space, so no ratio overflows.
     """
     d, valid, n, dtype = _ratio(log_ratio, mask)
     d = torch.where(valid, d, -torch.inf).reshape(-1)
@@ -53,17 +51,16 @@ def effective_sample_size(log_ratio, mask):
 
 
 def chi2(log_ratio, mask):
-    """`mean(w^2) - 1` = mean expm1(2 log_ratio): the chi-square divergence of pi from mu. (verl
-    chi2_token; sums: chi2_seq)
+    """`mean(w ** 2) - 1` = mean expm1(2 log_ratio): the chi-square divergence of pi from mu.
+
+    verl chi2_token; with the sequences' summed log-ratios, chi2_seq.
     """
     d, valid, n, dtype = _ratio(log_ratio, mask)
     return _mean(torch.expm1(2 * d), valid, n).to(dtype)
 
 
 def k1(logps, other, mask):
-    """`(logps - other).mean()`: unbiased, may be negative. (Schulman 2020, "Approximating KL
-    divergence")
-    """
+    """`(logps - other).mean()`: unbiased, may be negative. (Schulman 2020, joschu.net/kl-approx)"""
     d, valid, n, dtype = _difference(logps, other, mask)
     return _mean(d, valid, n).to(dtype)
 
@@ -81,10 +78,10 @@ def k3(logps, other, mask):
 
 
 def clip_fractions(log_ratio, mask, clip_low=0.2, clip_high=0.2, advantages=None):
-    """`ClipFractions`: ratios outside [1 - clip_low, 1 + clip_high], borders inside. (PPO,
-    1707.06347, eq. 7)
+    """`ClipFractions` outside [1 - clip_low, 1 + clip_high]. (PPO, 1707.06347, eq. 7)
 
-    With `advantages` only where the clip acts: below for A < 0, above for A > 0 (TRL clip_ratio/*).
+    Borders are inside. With `advantages` only where the clip acts: below for A < 0, above for A > 0
+    (TRL clip_ratio/*).
     """
     d, valid, n, dtype = _ratio(log_ratio, mask)
     low, high = _outside(torch.exp(d), clip_low, clip_high)
@@ -107,12 +104,11 @@ def non_finite(values, mask):
 
 
 def is_variance(log_ratio, values, mask):
-    """`(w * f).var()` (unbiased) over tokens written by mu: E_mu[w^2 f^2] - (E_mu[w f])^2. Fewer
-    than two: 0.
+    """`(w * f).var()`: E_mu[w^2 f^2] - (E_mu[w f])^2 from tokens written by mu.
 
-    E_pi[f] is estimated by mean(w f) with standard error sqrt(is_variance / n). Compare with
-    f.var() on tokens of pi: Var_pi[f] = E_pi[f^2] - E_pi[f]^2 has one factor w less. values [same
-    shape]: rewards or advantages.
+    Unbiased; 0 for fewer than two tokens. E_pi[f] is estimated by mean(w f) with standard error
+    sqrt(is_variance / n). Compare with f.var() on tokens of pi: Var_pi[f] = E_pi[f^2] - E_pi[f]^2
+    has one factor w less. values [same shape]: rewards or advantages.
     """
     d, valid, n, dtype = _ratio(log_ratio, mask)
     f = clean(values, valid, "values")
@@ -124,8 +120,7 @@ def is_variance(log_ratio, values, mask):
 
 
 def ratio_metrics(logps, old_logps, mask, advantages=None, clip_low=0.2, clip_high=0.2):
-    """A dict of 0-d tensors about w = exp(logps - old_logps) on tokens that the policy of
-    `old_logps` wrote.
+    """`{name: 0-d tensor}` about w = exp(logps - old_logps), tokens written by old_logps' policy.
 
     kl, k2_kl, k3_kl: KL(old || new) by k1, k2, k3; chi2_token: mean(w^2) - 1;
     log_ratio_{min,mean,max}; rollout_is_{min, mean,max,std}; rollout_is_eff_sample_size:
@@ -165,8 +160,7 @@ def ratio_metrics(logps, old_logps, mask, advantages=None, clip_low=0.2, clip_hi
 
 
 def rwr_bias(rewards, variance, group_ids, lam=1.0, num_samples=None):
-    """`RWRBias` [B]: how much more than e^{lam E r}/Z a response weighs when its one reward sample
-    is noisy.
+    """`RWRBias` [B]: how far the weight of a response with one noisy reward is from e^{lam E r}/Z.
 
     rewards, variance [B]: mean and variance of the reward of each response (averaging m samples
     before the exp divides the variance by m); group_ids [B]: the responses of a prompt, taken as
@@ -194,14 +188,14 @@ def rwr_bias(rewards, variance, group_ids, lam=1.0, num_samples=None):
 
 
 def prefix_ratio(rewards, prefix_ids, group_ids, lam=1.0, log_weights=None):
-    """log pi*(prefix|x)/h(prefix|x) = log E_h[e^{lam r} | prefix] - log E_h[e^{lam r} | x], of each
-    row's prefix, [B].
+    """log pi*(prefix|x)/h(prefix|x) = log E_h[e^{lam r}|prefix] - log E_h[e^{lam r}|x]; [B].
 
-    A row is one completion y ~ h(.|x): rewards [B] its (expected) reward, group_ids [B] its prompt
-    x, prefix_ids [B] which prefix of x it continues (numbered within the prompt, any integers).
-    log_weights [B]: log-probability of a row up to a constant where rows are not equally likely (an
-    enumeration, importance sampling). Differences within a prompt rank prefixes: Z cancels, and
-    only they are right where completions were drawn per prefix. (Gibbs policy pi* ~ h e^{lam r})
+    One number per row, that of the row's prefix. A row is one completion y ~ h(.|x): rewards [B]
+    its (expected) reward, group_ids [B] its prompt x, prefix_ids [B] which prefix of x it continues
+    (numbered within the prompt, any integers). log_weights [B]: log-probability of a row up to a
+    constant where rows are not equally likely (an enumeration, importance sampling). Differences
+    within a prompt rank prefixes: Z cancels, and only they are right where completions were drawn
+    per prefix. (Gibbs policy pi* ~ h e^{lam r})
     """
     valid = torch.ones_like(rewards, dtype=torch.bool)
     prompt, prefix = dense_ids(group_ids), dense_ids(prefix_ids, "prefix_ids")
