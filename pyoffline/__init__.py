@@ -58,3 +58,14 @@ from pyoffline.token_objectives import ZLoss as ZLoss
 from pyoffline.value_loss import ValueLoss as ValueLoss
 
 __version__ = "0.1.0"
+
+_TRAINING = ("OfflineTrainer", "OfflineConfig")
+
+
+def __getattr__(name: str):
+    """The trainer is imported when asked for: it needs transformers, the library does not."""
+    if name in _TRAINING:
+        from pyoffline import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'pyoffline' has no attribute {name!r}")

@@ -5,8 +5,9 @@
 // be taken from the one whose instructions this CPU lacks. tests/cpp/row_pass_test.cpp says how to
 // check. Not here: any algorithm (sweeps.h).
 #if defined(__x86_64__)
+#include "vec_avx512.h"  // defines Vec, which the kernels are written against
+//
 #include "array_kernels.h"
-#include "vec_avx512.h"
 
 namespace pyoffline {
 

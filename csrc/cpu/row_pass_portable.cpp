@@ -3,8 +3,9 @@
 // Everything but the table below has internal linkage: a function that two object files share could
 // be taken from the one whose instructions this CPU lacks. tests/cpp/row_pass_test.cpp says how to
 // check. Not here: any algorithm (sweeps.h).
+#include "vec_portable.h"  // defines Vec, which the kernels are written against
+//
 #include "array_kernels.h"
-#include "vec_portable.h"
 
 namespace pyoffline {
 
