@@ -1,9 +1,10 @@
-"""Builds pyoffline._C: C++ always, CUDA where nvcc and sources are found. Needs no torch; metadata is in pyproject.toml.
+"""Builds pyoffline._C: C++ always, CUDA where nvcc and sources are found. Needs no torch.
 
-Every instruction set is its own source file with its own flags, so that the rest of the library runs on any CPU of
-the architecture (the choice is made at run time). PYOFFLINE_CUDA=0 never calls nvcc, =1 makes a missing or failing
-nvcc an error; unset, a failing nvcc build warns and the CPU library is built. PYOFFLINE_CXXFLAGS is appended to the
-compiler flags (sanitizers). Not here: the choice of a backend (pyoffline/backends.py).
+Every instruction set is its own source file with its own flags, so that the rest of the library
+runs on any CPU of the architecture (the choice is made at run time). PYOFFLINE_CUDA=0 never calls
+nvcc, =1 makes a missing or failing nvcc an error; unset, a failing nvcc build warns and the CPU
+library is built. PYOFFLINE_CXXFLAGS is appended to the compiler's and linker's flags (sanitizers).
+Metadata is in pyproject.toml. Not here: the choice of a backend (pyoffline/backends.py).
 """
 
 import os
@@ -22,7 +23,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Listed by hand: find_packages() would install `kernels` over the package of that name that transformers imports.
+# Listed by hand: find_packages() would install `kernels` over the package of that name that
+# transformers imports.
 PACKAGES = [
     "pyoffline",
     "pyoffline.benchmarks",
@@ -30,14 +32,12 @@ PACKAGES = [
     "pyoffline.integrations",
     "pyoffline.kernels",
 ]
-# A tracked link leads from pyoffline/kernels to kernels; builds read the folder itself, because a checkout without
-# link support turns the link into a text file.
+# A tracked link leads from pyoffline/kernels to kernels; builds read the folder itself, because a
+# checkout without link support turns the link into a text file.
 PACKAGE_DIR = {"pyoffline.kernels": "kernels"}
 
-# No flag that assumes finite numbers: NaN and inf must show. errno is not read after maths calls.
+# No flag that assumes finite numbers: NaN and inf must show.
 CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-# GCC 12 and later contract a*b+c into fma by default, in intrinsics-free code too: that is allowed, the row pass's
-# tests bound its error on every path.
 ISA_FLAGS = {
     "row_pass_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "row_pass_avx512.cpp": [
@@ -49,6 +49,7 @@ ISA_FLAGS = {
         "-mf16c",
     ],
 }
+EXTRA_FLAGS = shlex.split(os.environ.get("PYOFFLINE_CXXFLAGS", ""))
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -73,6 +74,14 @@ def find_nvcc():
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
+def stale(target, inputs):
+    """Whether an object must be built again. Other flags than usual always do."""
+    target = Path(target)
+    if EXTRA_FLAGS or not target.exists():
+        return True
+    return target.stat().st_mtime < max(Path(source).stat().st_mtime for source in inputs)
+
+
 class BuildExt(build_ext):
     """Compiles each source with the flags of its instruction set, several at a time."""
 
@@ -82,6 +91,9 @@ class BuildExt(build_ext):
 
         def compile_all(sources, *, extra_postargs=None, **kwargs):
             def job(source):
+                [target] = self.compiler.object_filenames([source], output_dir=self.build_temp)
+                if not stale(target, [source, *ext.depends, __file__]):
+                    return [target]
                 flags = ISA_FLAGS.get(Path(source).name, [])
                 return compile_one(
                     [source], extra_postargs=[*(extra_postargs or []), *flags], **kwargs
@@ -128,14 +140,13 @@ class BuildExt(build_ext):
 
 
 def extension():
-    extra = shlex.split(os.environ.get("PYOFFLINE_CXXFLAGS", ""))
     return Pybind11Extension(
         "pyoffline._C",
         sources=cpp_sources(),
         depends=relative([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*.h")]),
         cxx_std=17,
-        extra_compile_args=[*CXX_FLAGS, *extra],
-        extra_link_args=["-fopenmp", *extra],
+        extra_compile_args=[*CXX_FLAGS, *EXTRA_FLAGS],
+        extra_link_args=["-fopenmp", *EXTRA_FLAGS],
     )
 
 

@@ -245,9 +245,6 @@ void read_terms(RowCall& row, Keywords& keywords) {
   args.n_terms = static_cast<int32_t>(row.terms.size());
   if (args.dlogits && !count && !args.coefs)
     call.fail("codes", "an objective, because dlogits is given", "none", "pass codes or coefs");
-  if (!count && (args.loss || args.coefs_out))
-    call.fail("codes", "an objective, because loss or coefs_out is asked for", "none",
-              "pass codes and hyper");
 }
 
 // Copies the labels; a bad one at a row that is never read becomes ignore_index, any other is an

@@ -1,4 +1,5 @@
-// Which process loaded this library: tells parallel_for and the GEMMs that they run in a forked child.
+// Which process loaded this library: tells parallel_for and the GEMMs that they run in a forked
+// child.
 #include "parallel.h"
 
 #include <unistd.h>

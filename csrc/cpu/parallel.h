@@ -1,9 +1,11 @@
-// parallel_for: fn(i) for i in [0, n), claimed one by one by up to `threads` threads. The one place that starts a team.
+// parallel_for: fn(i) for i in [0, n), claimed one by one by up to `threads` threads. The one place
+// that starts a team.
 //
-// The team is always `threads` wide or absent: libgomp lets the surplus threads of its pool exit when a smaller team is
-// asked for, and torch's next region would start them again. A forked child runs serially: its copy of the pool has no
-// threads, and a region would wait for them forever. PYOFFLINE_STD_THREADS swaps the pool for std::thread, because
-// ThreadSanitizer cannot see libgomp's barriers. fn must not throw, and its work must not depend on the thread.
+// The team is always `threads` wide or absent: libgomp lets the surplus threads of its pool exit
+// when a smaller team is asked for, and torch's next region would start them again. A forked child
+// runs serially: its copy of the pool has no threads, and a region would wait for them forever.
+// PYOFFLINE_STD_THREADS swaps the pool for std::thread, because ThreadSanitizer cannot see
+// libgomp's barriers. fn must not throw, and its work must not depend on the thread.
 #pragma once
 
 #include <cstdint>

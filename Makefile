@@ -1,0 +1,50 @@
+# make demo | test | lint | bench | sanitize | fuzz | clean. Each works first in a fresh clone: it makes .venv.
+#
+# torch comes first and pinned: an unpinned torch would be another build (and on some indexes gigabytes of CUDA).
+# PYOFFLINE_TORCH names another one, PYOFFLINE_VENV another environment.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= $(or $(PYOFFLINE_VENV),.venv)
+TORCH ?= $(or $(PYOFFLINE_TORCH),torch==2.13.0)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.pyoffline-installed
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test lint bench sanitize fuzz install clean
+
+demo: install
+	$(BIN)/pyoffline demo
+
+bench: install
+	$(BIN)/pyoffline bench
+
+# Tests that only a GPU can run are left out by name and counted in the closing lines as not run.
+test: install
+	$(PYTEST) -q -m "not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+sanitize: install
+	bash tests/cpp/sanitize.sh build/sanitize $(abspath $(BIN)/python)
+
+fuzz: install
+	$(BIN)/python tests/fuzz_bindings.py --count 100000 --seed $${SEED:-0}
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" numpy
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info pyoffline/*.so .pytest_cache .ruff_cache .hypothesis
