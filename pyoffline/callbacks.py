@@ -1,0 +1,147 @@
+"""What a training run shows and writes: a progress bar, metrics.jsonl, and a clean stop on Ctrl-C
+or SIGTERM.
+
+Not here: TensorBoard (transformers' own callback, `trainer.report_to: tensorboard`).
+"""
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+def memory_mib() -> tuple[float, float]:
+    """Resident memory of this process now and at its peak, MiB. The peak is VmHWM, which exec
+    resets.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return tuple(int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return math.nan, peak
+
+
+class JsonlCallback(TrainerCallback):
+    """One JSON object a log: step, loss, metrics, step time and memory. A number that is not finite
+    is written as text.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        now, peak = memory_mib()
+        event = {"event": "train_begin", "step": state.global_step, "max_steps": state.max_steps}
+        self._write(args, event | {"rss_mib": now, "peak_rss_mib": peak})
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        now, peak = memory_mib()
+        event = (
+            "train"
+            if "loss" in logs
+            else "eval"
+            if any(k.startswith("eval_") for k in logs)
+            else "end"
+        )
+        row = {
+            "event": event,
+            "step": state.global_step,
+            **logs,
+            "rss_mib": now,
+            "peak_rss_mib": peak,
+        }
+        if event == "train" and self.seconds:
+            row["step_time_s"] = sum(self.seconds) / len(self.seconds)
+            self.seconds = []
+        self._write(args, row)
+
+    def _write(self, args, row: dict) -> None:
+        if not args.should_save:
+            return
+        clean = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in row.items()
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """One line on stderr: step, time left, loss, gradient norm, last evaluation."""
+
+    def __init__(self, label: str = "train"):
+        self.label, self.bar, self.shown = label, None, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        off = not state.is_world_process_zero
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            file=sys.stderr,
+            disable=off,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key, name in (("loss", "loss"), ("grad_norm", "grad"), ("eval_loss", "eval")):
+            if key in (logs or {}):
+                self.shown[name] = f"{logs[key]:.4f}"
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class StopCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second Ctrl-C stops at once.
+
+    `stopped_by` is the signal's number, or None. Signals are restored when training ends.
+    """
+
+    def __init__(self):
+        self.stopped_by = None
+        self._before: dict = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number, frame):
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = number
+        sys.stderr.write("\nstopping after this step, with a checkpoint (Ctrl-C again: at once)\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stopped_by is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back; also called when training raised."""
+        while self._before:
+            signal.signal(*self._before.popitem())

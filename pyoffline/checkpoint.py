@@ -1,0 +1,159 @@
+"""Trainer state as safetensors and JSON: optimizer, scheduler, random numbers. No pickle is written
+or read.
+
+`optimizer.safetensors` holds state tensors as `<parameter>.<name>`, everything else as JSON in its
+metadata; `rng_state_<rank>.safetensors` the generators; `scheduler.json`. Every file is written
+beside its place and renamed, so that a killed process leaves an old file or a new one. Not here:
+model weights (transformers writes them as safetensors).
+"""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+OPTIMIZER, SCHEDULER = "optimizer.safetensors", "scheduler.json"
+PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt")
+
+
+def save_optimizer(folder: Path, optimizer, scheduler) -> None:
+    """Write the state of an optimizer and of a scheduler (None: none)."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                # clone: safetensors refuses tensors that share memory
+                tensors[f"{index}.{name}"] = value.detach().clone().contiguous()
+            else:
+                plain[f"{index}.{name}"] = value
+    groups = json.dumps({"param_groups": state["param_groups"], "plain": plain}, default=_number)
+    _write_tensors(folder / OPTIMIZER, tensors, {"state": groups})
+    if scheduler is not None:
+        _write_text(folder / SCHEDULER, json.dumps(scheduler.state_dict(), default=_number))
+
+
+def load_optimizer(folder: Path, optimizer, scheduler) -> None:
+    """Restore what `save_optimizer` wrote. ValueError where the folder holds pickles only, or
+    nothing.
+    """
+    path = folder / OPTIMIZER
+    if not path.is_file():
+        pickles = [name for name in PICKLES if (folder / name).exists()]
+        why = f"; it has {', '.join(pickles)}, and pickles are not loaded" if pickles else ""
+        raise ValueError(
+            f"{folder}: no {OPTIMIZER}{why}. Start from its weights instead: model: {folder}"
+        )
+    state: dict = {}
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads(file.metadata()["state"])
+        entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for key, value in [*entries.items(), *meta["plain"].items()]:
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": meta["param_groups"]})
+    if scheduler is not None:
+        scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
+
+
+def save_rng(folder: Path, rank: int) -> None:
+    """Write the generators of random, numpy and torch (CPU and every CUDA device)."""
+    kind, keys, *rest = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    meta = {"python": json.dumps(random.getstate()), "numpy": json.dumps([kind, *rest])}
+    _write_tensors(folder / f"rng_state_{rank}.safetensors", tensors, meta)
+
+
+def load_rng(folder: Path, rank: int) -> None:
+    """Restore what `save_rng` wrote. ValueError where it is missing."""
+    path = folder / f"rng_state_{rank}.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, so the run cannot go on exactly where it stopped")
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    version, numbers, gauss = json.loads(meta["python"])
+    random.setstate((version, tuple(numbers), gauss))
+    kind, *rest = json.loads(meta["numpy"])
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tensors["torch"])
+    devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
+    if devices and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(devices)
+
+
+def _number(value):
+    """A tensor in a parameter group (a learning rate on the device) as a float."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _write_tensors(path: Path, tensors: dict, meta: dict) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata=meta)
+    temporary.replace(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+class SafeCheckpoints:
+    """Mix-in for transformers.Trainer: its checkpoints hold safetensors and JSON only, and only
+    those are read.
+    """
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Model and tokenizer by `save_pretrained`, arguments as JSON."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        text = json.dumps(self.args.to_dict(), default=str, indent=1)
+        (folder / "training_args.json").write_text(text, encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        self._refuse_sharded()
+        if self.args.should_save:
+            save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir):
+        if checkpoint_dir is not None:
+            self._refuse_sharded()
+            load_optimizer(Path(checkpoint_dir), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_rng(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint_dir):
+        if checkpoint_dir is not None:
+            load_rng(Path(checkpoint_dir), self.args.process_index)
+
+    def _save_scaler(self, output_dir):
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            (Path(output_dir) / "scaler.json").write_text(json.dumps(scaler.state_dict()))
+
+    def _load_scaler(self, checkpoint_dir):
+        path = Path(checkpoint_dir or "") / "scaler.json"
+        if checkpoint_dir is not None and path.is_file():
+            self.accelerator.scaler.load_state_dict(json.loads(path.read_text()))
+
+    def _refuse_sharded(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise NotImplementedError(
+                "optimizer state of sharded models is not saved: set save_only_model=True"
+            )

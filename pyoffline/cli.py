@@ -1,0 +1,268 @@
+"""The command line: `pyoffline train | demo | doctor | explain | bench`.
+
+Heavy imports happen inside the commands, so that `--help` is instant. Exit codes are in `pyoffline
+--help`. Not here: what the commands do (training.py, demo/, benchmarks/).
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+
+EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_NON_FINITE = 0, 1, 2, 3
+
+EPILOG = """\
+exit codes:
+  0    done
+  1    failed while running; the message says where
+  2    the configuration, the data or the command line is wrong; nothing was started
+  3    stopped by a NaN or infinite gradient, before the optimiser step
+  130  Ctrl-C (143: SIGTERM); training finishes its step and writes a checkpoint first
+
+`pyoffline COMMAND --help` shows a command's options and examples.
+"""
+
+TRAIN = """\
+Fine-tunes a Hugging Face causal LM from a file of offline samples. Logits are never built.
+
+examples:
+  pyoffline train sft.yaml
+  pyoffline train ppo.yaml trainer.learning_rate=1e-5 objective.clip_high=0.28
+  pyoffline train ppo.yaml --check            check configuration, data and model, train nothing
+  pyoffline train ppo.yaml --resume           go on from the newest checkpoint
+
+a configuration:
+  model: Qwen/Qwen2.5-0.5B                    # or a local folder
+  data: {train: samples.jsonl, eval: heldout.jsonl, max_length: 2048}
+  objective: {name: ppo_clip, clip_high: 0.28}
+  terms: [{name: kl, kind: k3, scale: 0.04}, {name: entropy, scale: -0.001}]
+  advantage: {name: group_normalize}          # from the columns reward and group
+  trainer: {output_dir: runs/ppo, learning_rate: 1e-6, per_device_train_batch_size: 8,
+            gradient_accumulation_steps: 4, aggregation: token-mean, report_to: tensorboard}
+
+a row of the data (JSONL or Parquet):
+  {"prompt": "2+2=", "completion": "4", "reward": 1.0, "group": "q17", "old_logps": [-0.1, -0.02]}
+  or "messages": [...], or "text": "..."; completion_ids beside old_logps make the tokens exact.
+"""
+
+DEMO = """\
+Trains a small Llama on the source of Python's standard library twice, with the stock loss and
+with pyoffline, from the same weights on the same batches, and draws both loss curves, their
+difference, peak memory and step time.
+Needs no network and no GPU; takes a few minutes on two cores.
+
+examples:
+  pyoffline demo
+  pyoffline demo --output /tmp/demo --steps 20
+"""
+
+EXPLAIN = """\
+Predicts peak memory, chunk plan and the cost of the matrix products for a loss of this size,
+before running anything.
+
+examples:
+  pyoffline explain 8192 4096 151936
+  pyoffline explain 4096 896 151936 --dtype float32
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run` to its function of the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="pyoffline",
+        description="Losses for post-training language models from offline samples, no logits.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show Python tracebacks")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_demo(commands)
+    command = _command(
+        commands, "doctor", "what is installed, and which backend serves each operation", run_doctor
+    )
+    command.description = (
+        "Versions, devices, the table of backends, and a check of one loss against plain PyTorch."
+    )
+    _add_explain(commands)
+    _add_bench(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code. Known errors are one message on stderr, unknown ones a
+    traceback.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        if args.debug or not _is_known(error):
+            traceback.print_exc()
+        else:
+            sys.stderr.write(f"pyoffline: {error}\n")
+        return _exit_code(error)
+
+
+def _is_known(error: Exception) -> bool:
+    return isinstance(
+        error, ValueError | OSError | NotImplementedError | RuntimeError | FloatingPointError
+    )
+
+
+def _exit_code(error: Exception) -> int:
+    from pyoffline.config import ConfigError
+    from pyoffline.data import DataError
+
+    if isinstance(error, ConfigError | DataError | UsageError):
+        return EXIT_INPUT
+    return EXIT_NON_FINITE if isinstance(error, FloatingPointError) else EXIT_FAILED
+
+
+class UsageError(ValueError):
+    """An argument that argparse cannot check."""
+
+
+def _command(commands, name: str, text: str, run, description: str | None = None):
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_train(commands) -> None:
+    command = _command(
+        commands, "train", "fine-tune a model from a file of samples", run_train, TRAIN
+    )
+    command.add_argument("config", metavar="CONFIG.yaml")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replace a value, dots for nesting"
+    )
+    command.add_argument("--check", action="store_true", help="check everything, train nothing")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in trainer.output_dir",
+    )
+    command.add_argument(
+        "--skip-bad", action="store_true", help="leave bad rows out; they are counted and logged"
+    )
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    command.add_argument("--quiet", action="store_true", help="no summary at the end")
+
+
+def _add_demo(commands) -> None:
+    command = _command(
+        commands,
+        "demo",
+        "the same training twice, stock and pyoffline, and a figure",
+        run_demo,
+        DEMO,
+    )
+    command.add_argument(
+        "--output", default="demo-output", help="folder for everything (default: %(default)s)"
+    )
+    command.add_argument(
+        "--figure", default=None, help="where the PNG goes (default: demo.png in the folder)"
+    )
+    command.add_argument(
+        "--steps", type=int, default=40, help="optimiser steps of each run (default: %(default)s)"
+    )
+    command.add_argument(
+        "--batch", type=int, default=8, help="sequences a step (default: %(default)s)"
+    )
+    command.add_argument(
+        "--length", type=int, default=512, help="tokens a sequence (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _add_explain(commands) -> None:
+    command = _command(
+        commands, "explain", "predict memory and cost of a loss", run_explain, EXPLAIN
+    )
+    for name, text in (
+        ("tokens", "rows of hidden states"),
+        ("hidden", "hidden size"),
+        ("vocab", "vocabulary"),
+    ):
+        command.add_argument(name, type=int, help=text)
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+
+
+def _add_bench(commands) -> None:
+    try:
+        bench = importlib.import_module("pyoffline.benchmarks.cli")
+    except ModuleNotFoundError:
+        return  # an installation without the benchmarks has no such command
+    command = _command(
+        commands, "bench", "time the losses against PyTorch and the bare matrix products", bench.run
+    )
+    bench.add_arguments(command)
+
+
+def run_train(args) -> int:
+    from pyoffline.config import load_config
+    from pyoffline.training import run_training, with_flags
+
+    config = load_config(args.config, args.overrides)
+    config = with_flags(config, args.skip_bad, args.trust_remote_code)
+    result = run_training(config, resume=args.resume, check_only=args.check)
+    if result is None:
+        print("configuration, data and model are fine; nothing was trained")
+        return EXIT_OK
+    if not args.quiet:
+        what = "model" if result.stopped_by is None else "checkpoint"
+        print(f"{result.steps} steps\n{what:11}{result.model_dir}\nmetrics    {result.metrics}")
+    return EXIT_OK if result.stopped_by is None else 128 + result.stopped_by
+
+
+def run_demo(args) -> int:
+    from pathlib import Path
+
+    from pyoffline.demo.run import DemoSettings, run_demo
+
+    for name in ("steps", "batch", "length"):
+        if getattr(args, name) < 2:
+            raise UsageError(f"--{name}: expected at least 2, got {getattr(args, name)}")
+    run_demo(
+        DemoSettings(
+            output=Path(args.output),
+            figure=Path(args.figure) if args.figure else None,
+            steps=args.steps,
+            batch=args.batch,
+            length=args.length,
+            seed=args.seed,
+        )
+    )
+    return EXIT_OK
+
+
+def run_doctor(args) -> int:
+    from pyoffline.doctor import report
+
+    text, healthy = report()
+    print(text)
+    return EXIT_OK if healthy else EXIT_FAILED
+
+
+def run_explain(args) -> int:
+    import torch
+
+    import pyoffline as po
+
+    print(po.explain(args.tokens, args.hidden, args.vocab, getattr(torch, args.dtype)))
+    return EXIT_OK

@@ -1,0 +1,76 @@
+"""Samples to one batch of tensors: padded [B, T], or packed [1, T] with position and sequence ids.
+
+Every per-token tensor sits at its token's own position, as labels do in transformers; the trainer
+shifts all of them together. Not here: weights (they need all micro-batches of a step), tokenising.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyoffline.data import Sample
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Collator:
+    """`Collator(pad_id)(samples)`: a dict of tensors with input_ids, labels and the columns in
+    `keep`.
+
+    Padding is on the right. A float column becomes [B] (advantages only) or is spread over the
+    completion's tokens; a list column is [B, T], 0 outside the completion. `packing` lays the
+    samples end to end in one row without padding: attention stays inside each (transformers reads
+    the restarts of position_ids), and labels at each first token are ignored.
+    """
+
+    pad_id: int = 0
+    keep: frozenset[str] = frozenset()
+    packing: bool = False
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        batch = {
+            "input_ids": self._rows([s.ids for s in samples], self.pad_id, torch.int64),
+            "labels": self._rows([_labels(s) for s in samples], IGNORE, torch.int64),
+        }
+        for name in sorted(
+            self.keep & set().union(*(s.columns for s in samples)) - {"group", "reward"}
+        ):
+            spread = [_spread(s, name) for s in samples]
+            scalar = all(not isinstance(s.columns.get(name), list) for s in samples)
+            if name == "advantages" and scalar and not self.packing:
+                batch[name] = torch.tensor([float(s.columns[name]) for s in samples])
+            else:
+                batch[name] = self._rows(spread, 0.0, torch.float32)
+        if "group" in self.keep:
+            batch["group_ids"] = torch.tensor([s.columns["group"] for s in samples])
+        lengths = [len(s.ids) for s in samples]
+        if self.packing:
+            batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+            ids = torch.arange(len(samples))
+            batch["sequence_ids"] = ids.repeat_interleave(torch.tensor(lengths))[None]
+        else:
+            width = max(lengths)
+            batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+        return batch
+
+    def _rows(self, rows: list[list], fill, dtype) -> Tensor:
+        if self.packing:
+            return torch.tensor([x for row in rows for x in row], dtype=dtype)[None]
+        out = torch.full((len(rows), max(map(len, rows))), fill, dtype=dtype)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = torch.tensor(row, dtype=dtype)
+        return out
+
+
+def _labels(sample: Sample) -> list[int]:
+    start = max(sample.n_prompt, 1)  # nothing predicts the first token
+    return [IGNORE] * start + sample.ids[start:]
+
+
+def _spread(sample: Sample, name: str) -> list[float]:
+    value = sample.columns[name]
+    values = value if isinstance(value, list) else [float(value)] * sample.n_completion
+    return [0.0] * sample.n_prompt + values

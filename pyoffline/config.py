@@ -1,0 +1,340 @@
+"""A run as a YAML file: `load_config` reads it, checks every key and value, and reports all errors
+at once.
+
+    model: path/or/name                  data: {train: samples.jsonl, eval: heldout.jsonl}
+    objective: {name: ppo_clip, clip_high: 0.28}
+    terms: [{name: kl, kind: k3, scale: 0.04}, {name: entropy, scale: -0.001}]
+    advantage: {name: group_normalize}   trainer: {output_dir: runs/ppo, learning_rate: 1e-5}
+
+`trainer` takes every field of OfflineConfig (transformers.TrainingArguments). YAML is read with
+safe_load: a file can name values, never code. Not here: the data file's contents (data.py),
+building the trainer (trainer.py).
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+LOSSES = ("fused", "stock")
+TOO_LONG = ("error", "truncate", "drop")
+
+
+class ConfigError(ValueError):
+    """Every error of a configuration; `errors` is the list, `str()` shows them one a line."""
+
+    def __init__(self, source: str, errors: list[str]):
+        self.errors = errors
+        count = f"{len(errors)} error" + ("s" if len(errors) > 1 else "")
+        super().__init__("\n  ".join([f"{source}: {count}, nothing was started", *errors]))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The causal LM: a local folder or a Hub name. `trust_remote_code` runs code from there: off
+    unless asked.
+    """
+
+    path: str
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The samples: JSONL or Parquet. `too_long` says what happens to a row of more than
+    `max_length` tokens.
+    """
+
+    train: str
+    eval: str | None = None
+    max_length: int = 2048
+    too_long: str = "error"
+    append_eos: bool = True
+    packing: bool = False
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, checked. `objective`, `terms` and `advantage` stay as written: `build_objective`
+    makes the object.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    objective: dict = field(default_factory=lambda: {"name": "nll"})
+    terms: list = field(default_factory=list)
+    advantage: dict | None = None
+    loss: str = "fused"
+    trainer: dict = field(default_factory=dict)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or an empty string."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file and `key=value` overrides (`trainer.learning_rate=1e-4`). ConfigError names
+    every mistake.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["no such file"]) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), [f"cannot be read as YAML: {error}"]) from None
+    if not isinstance(raw, dict):
+        kind = "an empty file" if raw is None else type(raw).__name__
+        raise ConfigError(str(path), [f"expected `key: value` lines at the top level, got {kind}"])
+    errors: list[str] = []
+    for text in overrides:
+        _override(raw, text, errors)
+    config = parse_config(raw, errors)
+    if errors:
+        raise ConfigError(str(path), errors)
+    return config
+
+
+def parse_config(raw: dict, errors: list[str]) -> RunConfig | None:
+    """A RunConfig from plain values; appends what is wrong to `errors`."""
+    raw = dict(raw)
+    if isinstance(raw.get("model"), str):
+        raw["model"] = {"path": raw["model"]}
+    if isinstance(raw.get("objective"), str):
+        raw["objective"] = {"name": raw["objective"]}
+    if isinstance(raw.get("advantage"), str):
+        raw["advantage"] = {"name": raw["advantage"]}
+    top = _read_fields(RunConfig, raw, "", errors, skip=("model", "data", "trainer"))
+    for key, kind in (("model", ModelConfig), ("data", DataConfig)):
+        value = raw.get(key)
+        if value is None:
+            errors.append(f"{key}: missing")
+        elif not isinstance(value, dict):
+            errors.append(f"{key}: expected a mapping, got {value!r}")
+        else:
+            top[key] = _read_fields(kind, value, f"{key}.", errors)
+    _check_choices(top, errors)
+    top["trainer"] = _trainer(raw.get("trainer"), errors)
+    _check_objective(top, errors)
+    _check_advantage(top.get("advantage"), errors)
+    if errors:
+        return None
+    top["model"], top["data"] = ModelConfig(**top["model"]), DataConfig(**top["data"])
+    return RunConfig(**top)
+
+
+def build_objective(config: RunConfig):
+    """The composed objective: `objective` plus `scale` times each of `terms`."""
+    made = [_make(term) for term in (config.objective, *config.terms)]
+    total = made[0]
+    for term in made[1:]:
+        total = total + term
+    return total
+
+
+def _make(spec: dict):
+    import pyoffline.token_objectives  # noqa: F401  (fills the registry)
+    from pyoffline.objectives import from_name
+
+    params = {k: v for k, v in spec.items() if k not in ("name", "scale", "weighted_by")}
+    made = from_name(spec["name"], **params)
+    if "weighted_by" in spec:
+        made = made.weighted_by(spec["weighted_by"])
+    return made * float(spec["scale"]) if "scale" in spec else made
+
+
+def _override(raw: dict, text: str, errors: list[str]) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        errors.append(f"{text!r}: expected key=value, for example trainer.learning_rate=1e-5")
+        return
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        errors.append(f"{text!r}: the value is not YAML: {error}")
+        return
+    *parents, last = key.split(".")
+    for name in parents:
+        if isinstance(raw.get(name), str) and name in ("model", "objective", "advantage"):
+            raw[name] = {"path" if name == "model" else "name": raw[name]}
+        raw = raw.setdefault(name, {})
+        if not isinstance(raw, dict):
+            errors.append(f"{text!r}: {name} is not a mapping, so it has no {last}")
+            return
+    raw[last] = parsed
+
+
+def _read_fields(kind, values: dict, prefix: str, errors: list[str], skip=()) -> dict:
+    """The values that belong to the fields of a dataclass, converted; unknown, missing and
+    ill-typed ones to `errors`.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    out = {}
+    for key, value in values.items():
+        if key not in known:
+            errors.append(f"{prefix}{key}: unknown key{nearest(key, known)}")
+        elif key not in skip:
+            out[key] = _convert(value, hints[key], f"{prefix}{key}", errors)
+    for key, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and key not in values and key not in skip:
+            errors.append(
+                f"{prefix}{key}: missing{nearest(key, [k for k in values if k not in known])}"
+            )
+    return out
+
+
+def _convert(value, hint, where: str, errors: list[str]):
+    """`value` as the annotated type. YAML 1.1 reads 1e-5 as text, so text that is a number is taken
+    as one.
+    """
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    plain = {typing.get_origin(o) or o for o in options}
+    if not plain <= {str, int, float, bool, dict, list, type(None)}:
+        return value
+    if value is None and type(None) in plain:
+        return None
+    if type(value) in plain:
+        if isinstance(value, float) and not math.isfinite(value):
+            errors.append(f"{where}: expected a finite number, got {value}")
+        return value
+    if float in plain and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if int in plain and isinstance(value, float) and value.is_integer():
+        return int(value)
+    names = " or ".join(sorted("null" if o is type(None) else o.__name__ for o in plain))
+    errors.append(f"{where}: expected {names}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _check_choices(top: dict, errors: list[str]) -> None:
+    data, model = top.get("data") or {}, top.get("model") or {}
+    choices = (
+        ("loss", top.get("loss"), LOSSES),
+        ("model.dtype", model.get("dtype"), DTYPES),
+        ("data.too_long", data.get("too_long"), TOO_LONG),
+    )
+    for where, value, allowed in choices:
+        if isinstance(value, str) and value not in allowed:
+            hint = nearest(value, allowed)
+            errors.append(f"{where}: {value!r} is not one of {', '.join(allowed)}{hint}")
+    length = data.get("max_length")
+    if isinstance(length, int) and length < 2:
+        errors.append(f"data.max_length: expected at least 2 tokens, got {length}")
+
+
+def _trainer(values, errors: list[str]) -> dict:
+    """The `trainer` section against OfflineConfig's fields."""
+    from pyoffline.trainer_config import OfflineConfig
+
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        errors.append(f"trainer: expected a mapping, got {values!r}")
+        return {}
+    if "output_dir" not in values:
+        errors.append("trainer.output_dir: missing; where checkpoints and metrics.jsonl go")
+    before = len(errors)
+    out = _read_fields(OfflineConfig, values, "trainer.", errors)
+    if len(errors) == before:
+        try:
+            OfflineConfig(**out)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            errors.append(f"trainer: {error}")
+    return out
+
+
+def _check_objective(top: dict, errors: list[str]) -> None:
+    objective, terms = top.get("objective", {"name": "nll"}), top.get("terms") or []
+    if not isinstance(objective, dict) or not isinstance(terms, list):
+        return
+    specs = [("objective", objective), *((f"terms[{i}]", t) for i, t in enumerate(terms))]
+    for where, spec in specs:
+        _check_term(where, spec, errors)
+    if top.get("loss") == "stock" and (objective != {"name": "nll"} or terms):
+        errors.append(
+            "loss: stock is the model's own cross entropy, so objective must be nll and terms empty"
+        )
+
+
+def _check_term(where: str, spec, errors: list[str]) -> None:
+    import pyoffline.token_objectives  # noqa: F401  (fills the registry)
+    from pyoffline.objectives import REGISTRY
+
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        errors.append(f"{where}: expected {{name: ..., parameter: ...}}, got {spec!r}")
+        return
+    name = spec["name"]
+    if name not in REGISTRY:
+        errors.append(f"{where}.name: no objective {name!r}{nearest(name, REGISTRY)}")
+        return
+    known = [*inspect.signature(REGISTRY[name]).parameters, "name", "scale", "weighted_by"]
+    unknown = [key for key in spec if key not in known]
+    for key in unknown:
+        takes = ", ".join(known[:-3]) or "none"
+        errors.append(
+            f"{where}.{key}: {name} has no such parameter{nearest(key, known)} (it takes: {takes})"
+        )
+    if unknown:
+        return
+    hint = {k: _number(v) for k, v in spec.items()}
+    spec.update(hint)
+    try:
+        _make(spec)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        errors.append(f"{where}: {error}")
+
+
+def _number(value):
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _check_advantage(spec, errors: list[str]) -> None:
+    if spec is None:
+        return
+    from pyoffline.data import advantage_function, advantage_names
+
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        errors.append(f"advantage: expected {{name: ..., parameter: ...}}, got {spec!r}")
+        return
+    names = advantage_names()
+    if spec["name"] not in names:
+        hint = nearest(spec["name"], names)
+        errors.append(
+            f"advantage.name: no advantage {spec['name']!r}{hint} Known: {', '.join(names)}"
+        )
+        return
+    from pyoffline.data import ARRAY_ARGUMENTS
+
+    signature = inspect.signature(advantage_function(spec["name"])).parameters
+    known = [p for p in signature if p not in ARRAY_ARGUMENTS]
+    for key in spec:
+        if key != "name" and key not in known:
+            takes = ", ".join(known) or "none"
+            errors.append(
+                f"advantage.{key}: no such parameter{nearest(key, known)} (it takes: {takes})"
+            )
+    spec.update({k: _number(v) for k, v in spec.items() if k != "name"})

@@ -1,0 +1,200 @@
+"""The demo's one figure: two loss curves, their difference, peak memory and step time.
+
+Not here: any number that is not in the two runs' metrics.jsonl.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+STOCK, OURS, INK, GRID = "#9aa5b1", "#d1495b", "#1f2933", "#e4e7eb"
+EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one metrics.jsonl says. Memory in MiB, times in seconds."""
+
+    losses: list[float]
+    steps: list[int]
+    step_time: float  # median, the first two steps left out
+    base: float  # resident before the first step
+    peak: float
+
+    @staticmethod
+    def read(path: Path) -> "Run":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        begin = next(r for r in rows if r["event"] == "train_begin")
+        train = [r for r in rows if r["event"] == "train"]
+        times = [r["step_time_s"] for r in train]
+        return Run(
+            [float(r["loss"]) for r in train],
+            [r["step"] for r in train],
+            median(times[2:] or times),
+            begin["rss_mib"],
+            max(r["peak_rss_mib"] for r in rows),
+        )
+
+
+def summary(stock: Run, ours: Run) -> dict[str, float]:
+    """The figure's numbers: ratios are stock / pyoffline, differences are of the loss at the same
+    step.
+    """
+    differences = [abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)]
+    return {
+        "first_loss": stock.losses[0],
+        "final_loss_stock": stock.losses[-1],
+        "final_loss_pyoffline": ours.losses[-1],
+        "max_difference": max(differences),
+        "step_time_stock_s": stock.step_time,
+        "step_time_pyoffline_s": ours.step_time,
+        "speedup": stock.step_time / ours.step_time,
+        "peak_stock_mib": stock.peak,
+        "peak_pyoffline_mib": ours.peak,
+        "step_memory_stock_mib": stock.peak - stock.base,
+        "step_memory_pyoffline_mib": ours.peak - ours.base,
+        "memory_ratio": (stock.peak - stock.base) / max(ours.peak - ours.base, 1.0),
+    }
+
+
+def draw(stock: Run, ours: Run, subtitle: str, path: Path) -> None:
+    """Write the PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    numbers = summary(stock, ours)
+    style = {
+        "font.size": 11,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "axes.titlepad": 10,
+    }
+    with plt.rc_context(style):
+        fig = plt.figure(figsize=(12, 7.4), dpi=160, facecolor="white")
+        grid = fig.add_gridspec(
+            2,
+            2,
+            width_ratios=(1.75, 1),
+            left=0.075,
+            right=0.965,
+            top=0.815,
+            bottom=0.085,
+            hspace=0.42,
+            wspace=0.2,
+        )
+        _losses(fig.add_subplot(grid[0, 0]), stock, ours)
+        _difference(fig.add_subplot(grid[1, 0]), stock, ours)
+        _memory(fig.add_subplot(grid[0, 1]), stock, ours)
+        _time(fig.add_subplot(grid[1, 1]), stock, ours)
+        fig.text(0.028, 0.945, title(numbers), fontsize=17, weight="bold", va="center")
+        fig.text(0.028, 0.9, subtitle, fontsize=11, color="#52606d", va="center")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path)
+        plt.close(fig)
+
+
+def title(numbers: dict[str, float]) -> str:
+    """The result in one line, from the numbers alone."""
+    same = numbers["max_difference"]
+    curve = (
+        f"Same loss curve (within {same:.0e})"
+        if same < 1e-3
+        else f"Loss curves differ by up to {same:.1g}"
+    )
+    ratio, speed = numbers["memory_ratio"], numbers["speedup"]
+    memory = (
+        f"{ratio:.1f}× less memory for a step"
+        if ratio >= 1
+        else f"{1 / ratio:.1f}× more memory for a step"
+    )
+    time = f"{speed:.2f}× faster" if speed >= 1 else f"{1 / speed:.2f}× slower"
+    return f"{curve}, {memory}, {time}"
+
+
+def _losses(axis, stock: Run, ours: Run) -> None:
+    axis.plot(
+        stock.steps, stock.losses, color=STOCK, lw=6, solid_capstyle="round", label="stock loss"
+    )
+    axis.plot(ours.steps, ours.losses, color=OURS, lw=1.8, label="pyoffline")
+    axis.set_title("Training loss, both runs")
+    axis.set_ylabel("cross entropy (nats)")
+    axis.legend(frameon=False, loc="upper right")
+    axis.grid(axis="y", color=GRID)
+    axis.set_xlim(stock.steps[0], stock.steps[-1])
+
+
+def _difference(axis, stock: Run, ours: Run) -> None:
+    gaps = [abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)]
+    axis.semilogy(stock.steps, [max(g, EPS) for g in gaps], color=INK, lw=1.2, marker="o", ms=2.5)
+    floor = min((g for g in gaps if g > 0), default=1e-7)
+    axis.set_ylim(floor / 5, max(*gaps, 1e-7) * 20)
+    axis.set_title("Their difference at each step")
+    axis.set_ylabel("|stock − pyoffline| (nats)")
+    axis.set_xlabel("optimiser step")
+    axis.axhline(2**-23 * stock.losses[0], color=OURS, lw=1, ls=":")
+    axis.text(
+        stock.steps[-1],
+        2**-23 * stock.losses[0] * 1.2,
+        "one fp32 rounding of the loss ",
+        color=OURS,
+        fontsize=9,
+        ha="right",
+        va="bottom",
+    )
+    axis.grid(axis="y", color=GRID)
+    axis.set_xlim(stock.steps[0], stock.steps[-1])
+
+
+def _bars(axis, values: list[float], texts: list[str], top: float) -> None:
+    axis.set_xlim(0, top * 1.3)
+    axis.set_yticks([1, 0], ["stock", "pyoffline"])
+    axis.set_ylim(-0.6, 1.6)
+    axis.tick_params(length=0)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x", color=GRID)
+    axis.set_axisbelow(True)
+    for y, value, text in zip((1, 0), values, texts, strict=True):
+        axis.text(value + top * 0.02, y, text, va="center", fontsize=11, weight="bold")
+
+
+def _memory(axis, stock: Run, ours: Run) -> None:
+    rows = ((1, stock, STOCK), (0, ours, OURS))
+    for y, run, colour in rows:
+        axis.barh(y, run.base, color="#dfe3e8", height=0.55)
+        axis.barh(y, run.peak - run.base, left=run.base, color=colour, height=0.55)
+        inside = {"ha": "center", "va": "center", "fontsize": 9}
+        if run.base > 0.15 * stock.peak:
+            axis.text(run.base / 2, y, "libraries,\nmodel", color="#52606d", **inside)
+    _bars(
+        axis,
+        [r.peak for _, r, _ in rows],
+        [f"{r.peak:,.0f} MiB" for _, r, _ in rows],
+        max(stock.peak, ours.peak),
+    )
+    axis.set_title("Peak memory of the process")
+    axis.set_xlabel("MiB; coloured: what training steps add")
+
+
+def _time(axis, stock: Run, ours: Run) -> None:
+    rows = ((1, stock, STOCK), (0, ours, OURS))
+    for y, run, colour in rows:
+        axis.barh(y, run.step_time, color=colour, height=0.55)
+    _bars(
+        axis,
+        [r.step_time for _, r, _ in rows],
+        [f"{r.step_time:.2f} s" for _, r, _ in rows],
+        max(stock.step_time, ours.step_time),
+    )
+    axis.set_title("Time of one optimiser step")
+    axis.set_xlabel("seconds, median")

@@ -1,0 +1,83 @@
+"""`pyoffline doctor`: versions, devices, the table of backends, and one known answer. Takes a
+second or two.
+
+Not here: benchmarks.
+"""
+
+import importlib.metadata
+import os
+import platform
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "tensorboard",
+    "matplotlib",
+    "triton",
+)
+LIMIT = 1e-5  # of the loss and, relative to its largest entry, of the gradient, in fp32
+
+
+def report() -> tuple[str, bool]:
+    """The text, and whether the known answer came out."""
+    import torch
+
+    from pyoffline.backends import backends
+
+    lines = [
+        f"python       {platform.python_version()} on {platform.system()} {platform.machine()}"
+    ]
+    for name in PACKAGES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        lines.append(f"{name:13}{version}")
+    lines.append(f"threads      torch {torch.get_num_threads()}, processors {os.cpu_count()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines.append(f"GPU          {', '.join(gpus) or 'none that torch can use'}")
+    lines += ["", str(backends()), ""]
+    loss_error, gradient_error = known_answer()
+    healthy = max(loss_error, gradient_error) <= LIMIT
+    verdict = "ok" if healthy else "WRONG: please report this with the lines above"
+    lines.append(
+        f"known answer {verdict} (PPO-clip against fp64 PyTorch: loss off by {loss_error:.1e}, "
+        f"gradient by {gradient_error:.1e}; the limit is {LIMIT:.0e})"
+    )
+    return "\n".join(lines), healthy
+
+
+def known_answer() -> tuple[float, float]:
+    """Errors of loss and dhidden of a small fp32 PPO-clip against the formula in fp64 plain
+    PyTorch.
+    """
+    import torch
+
+    from pyoffline.head import Head
+    from pyoffline.policy_loss import linear_policy_loss
+    from pyoffline.records import TokenBatch
+    from pyoffline.token_objectives import PPOClip
+
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=random), torch.randn(1000, 32, generator=random)
+    labels = torch.randint(1000, (64,), generator=random)
+    old = torch.log_softmax(hidden @ weight.T, -1).gather(-1, labels[:, None])[:, 0]
+    old = old + 0.1 * torch.randn(64, generator=random)
+    advantages = torch.randn(64, generator=random)
+    x = hidden.clone().requires_grad_()
+    out = linear_policy_loss(
+        x, Head(weight), TokenBatch(labels, advantages=advantages, old_logps=old), PPOClip()
+    )
+    out.loss.backward()
+    y = hidden.double().requires_grad_()
+    logps = torch.log_softmax(y @ weight.double().T, -1).gather(-1, labels[:, None])[:, 0]
+    ratio, adv = (logps - old.double()).exp(), advantages.double()
+    loss = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
+    loss.backward()
+    gradient = (x.grad.double() - y.grad).abs().max() / y.grad.abs().max()
+    return abs(float(out.loss) - float(loss)), float(gradient)

@@ -1,0 +1,168 @@
+"""What is wrong with one row of offline samples: every problem of the row, as (field, why).
+
+Not here: reading files (rows.py), tokenising (data.py).
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+from pyoffline.config import nearest
+
+LOGPS = ("old_logps", "behavior_logps", "ref_logps")
+TEXTS = ("text", "prompt", "completion", "messages", "prompt_ids", "completion_ids")
+KNOWN = (*TEXTS, *LOGPS, "advantages", "reward", "group")
+TOLERANCE = 1e-3  # a log-prob computed in bf16 may round above 0 by this much
+
+
+def check_row(row: dict, needs) -> list[tuple[str, str]]:
+    """What is wrong with a row before it is tokenised: pairs of field and message."""
+    found = _check_text(row)
+    known = {*KNOWN, *needs.extras}
+    present = {k for k, v in row.items() if v is not None}
+    for name in sorted(needs.columns | set(needs.extras)):
+        if name not in present:
+            unknown = [k for k in present if k not in known]
+            found.append((name, f"missing; {_why_needed(name)}{nearest(name, unknown)}"))
+    missing = known - present
+    for name in sorted(present - known):
+        near = nearest(name, missing - needs.columns - set(needs.extras))
+        if near and _close(name, missing):
+            found.append((name, f"unknown column{near}"))
+    for name in ("reward",):
+        if name in present:
+            found += _check_number(name, row[name])
+    for name in (*LOGPS, "advantages", *needs.extras):
+        if name in present:
+            found += _check_values(name, row[name], name in LOGPS)
+    if "group" in present and not isinstance(row["group"], int | str):
+        found.append(("group", f"expected a string or an integer, got {row['group']!r}"))
+    return found
+
+
+def check_sample(
+    sample,
+    max_length: int,
+    vocab: int,
+    too_long: str,
+) -> list[tuple[str, str]]:
+    """What is wrong with a tokenised Sample: nothing to train on, lists of another length, too many
+    tokens.
+    """
+    found = []
+    if sample.n_prompt == 0:
+        why = "empty, and the tokenizer adds no first token, so nothing predicts the first one"
+        found.append(("prompt", why))
+    if sample.n_completion == 0:
+        found.append(("completion", "no token to train on"))
+    if sample.ids and max(sample.ids) >= vocab:
+        why = f"token {max(sample.ids)} is outside the tokenizer's {vocab} entries"
+        found.append(("completion_ids", why))
+    for name, value in sample.columns.items():
+        if isinstance(value, list) and len(value) != sample.n_completion:
+            why = f"{len(value)} values for {sample.n_completion} completion tokens"
+            if len(value) == sample.n_completion - 1:
+                why += " (one is the end-of-sequence token that data.append_eos adds to a text)"
+            found.append((name, why))
+    if len(sample.ids) > max_length and too_long == "error":
+        why = f"{len(sample.ids)} tokens, the limit is {max_length}; data.too_long can cut or drop"
+        found.append(("max_length", why))
+    elif sample.n_prompt >= max_length:
+        found.append(("prompt", f"{sample.n_prompt} tokens fill max_length {max_length}"))
+    return found
+
+
+def _close(name: str, known: Iterable[str]) -> bool:
+    """A misspelling, not a column of the user's own: one or two letters off, or a plural."""
+    return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=0.8))
+
+
+def _why_needed(name: str) -> str:
+    if name in LOGPS:
+        return "the objective reads it, one log-prob per completion token"
+    if name == "advantages":
+        made = "`advantage: {name: group_normalize}` makes it from reward"
+        return f"the objective reads it; give the column, or {made}"
+    if name == "reward":
+        return "`advantage` is computed from it"
+    if name == "group":
+        return "`advantage` compares the rows of a group"
+    return "the objective weights a term by it"
+
+
+def _check_text(row: dict) -> list[tuple[str, str]]:
+    found = []
+    for name in ("prompt_ids", "completion_ids"):
+        ids = row.get(name)
+        if ids is not None and not (
+            isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+        ):
+            found.append((name, "expected a list of token ids"))
+    for name in ("text", "prompt", "completion"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            found.append((name, f"expected a string, got {type(row[name]).__name__}"))
+    if found:
+        return found
+    kinds = [
+        k for k in ("text", "completion", "completion_ids", "messages") if row.get(k) is not None
+    ]
+    if "messages" in kinds:
+        found += _check_messages(row["messages"])
+    if not kinds:
+        hint = nearest("completion", row)
+        found.append(
+            (
+                "completion",
+                f"missing; a row needs completion, completion_ids, messages or text{hint}",
+            )
+        )
+    elif "text" in kinds and len(kinds) > 1:
+        found.append(("text", f"given beside {kinds[1]}; a row has one of them"))
+    elif kinds[0] in ("completion", "completion_ids"):
+        if row.get("prompt") is None and row.get("prompt_ids") is None:
+            found.append(("prompt", f"missing{nearest('prompt', row)}"))
+        if not row[kinds[-1]]:
+            found.append((kinds[-1], "empty; there is nothing to train on"))
+    elif kinds[0] == "text" and not row["text"]:
+        found.append(("text", "empty; there is nothing to train on"))
+    return found
+
+
+def _check_messages(messages) -> list[tuple[str, str]]:
+    good = isinstance(messages, list) and len(messages) >= 2
+    good = good and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not good:
+        return [
+            (
+                "messages",
+                "expected at least two {role: ..., content: ...}; the last one is trained on",
+            )
+        ]
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        return [("messages", "the last message must be the assistant's, and not empty")]
+    return []
+
+
+def _check_number(name: str, value) -> list[tuple[str, str]]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return [(name, f"expected a number, got {value!r}")]
+    if not math.isfinite(value):
+        return [(name, f"{value} is not a finite number")]
+    return []
+
+
+def _check_values(name: str, value, logps: bool) -> list[tuple[str, str]]:
+    if not isinstance(value, list):
+        if logps:
+            return [(name, f"expected a list of log-probs, got {value!r}")]
+        return _check_number(name, value)
+    for i, x in enumerate(value):
+        bad = _check_number(f"{name}[{i}]", x)
+        if bad:
+            return bad
+        if logps and x > TOLERANCE:
+            return [(f"{name}[{i}]", f"{x} is above 0, so it is not a log-prob")]
+    return []

@@ -1,0 +1,289 @@
+"""OfflineTrainer: transformers.Trainer whose loss is `linear_policy_loss` on the base model's
+hidden states.
+
+The model's own forward, and with it the [N, V] logits, is never run. Weights over all micro-batches
+and ranks come from step_weights.py; a non-finite gradient stops before the optimiser step;
+checkpoints are safetensors and JSON (checkpoint.py). Not here: data (data.py, collate.py),
+objectives, the loss itself.
+"""
+
+import contextlib
+import itertools
+import math
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from pyoffline.backends import use_backend
+from pyoffline.checkpoint import SafeCheckpoints
+from pyoffline.head import Head, backbone
+from pyoffline.plan import memory_budget
+from pyoffline.policy_loss import linear_policy_loss
+from pyoffline.records import LossOutput, TokenBatch
+from pyoffline.step_weights import aligned_labels, step_weights
+from pyoffline.token_objectives import NLL
+from pyoffline.trainer_config import OfflineConfig
+
+__all__ = ["NonFiniteGradientError", "OfflineConfig", "OfflineTrainer"]
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
+TOKEN_COLUMNS = {
+    "old": "old_logps",
+    "mu": "behavior_logps",
+    "ref": "ref_logps",
+    "adv": "advantages",
+}
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """The gradient is NaN or inf. Nothing was updated: the model is as it was after the last good
+    step.
+    """
+
+
+class OfflineTrainer(SafeCheckpoints, Trainer):
+    """Trains `model` on `objective` (default NLL) without logits; everything else is
+    transformers.Trainer.
+
+    A batch holds input_ids, labels (both unshifted, as transformers has them) and the columns that
+    the objective reads, each [B, T] at its token's own position, or advantages [B]. With `weights`
+    [B, T] in the batch the caller owns the normaliser: they are used as they are (with data
+    parallelism the host averages over ranks). `args` is an OfflineConfig.
+
+    Raises ValueError for models whose loss has parts outside the head, TypeError from `Head.of` for
+    unknown heads, NonFiniteGradientError in training.
+    """
+
+    # The weights divide by the counts of the whole step. transformers < 5.19 reads the flag that
+    # __init__ sets.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, args: OfflineConfig, objective=None, **kwargs):
+        if not isinstance(args, OfflineConfig):
+            raise TypeError(f"args: expected an OfflineConfig, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                "one process sees several GPUs (DataParallel); start one a GPU with torchrun"
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        config = getattr(self.model, "config", None)
+        if getattr(config, "output_router_logits", False):
+            raise ValueError(
+                "the model adds a router loss to its own, which this trainer does not compute; set "
+                "model.config.output_router_logits = False"
+            )
+        self.model_accepts_loss_kwargs = True
+        self.objective = NLL() if objective is None else objective
+        Head.of(self.model)  # an unknown head raises now, not at the first step
+        self._dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        self._meter = Meter()
+
+    # One optimiser step
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, each with its share of the step's weights."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        return batches, self._add_weights(batches).to(device) if batches else None
+
+    def _add_weights(self, batches: list[dict]) -> Tensor:
+        """Puts `weights` into batches that have none, at their tokens' own positions. Returns the
+        number of tokens.
+        """
+        given = [b for b in batches if "weights" in b]
+        if given:
+            if len(given) < len(batches):
+                raise ValueError("some micro-batches of a step have `weights` and some do not")
+            return torch.tensor(sum(int((aligned_labels(b) != -100).sum()) for b in batches))
+        weights, tokens = step_weights(
+            batches,
+            self.args.aggregation,
+            self.args.horizon,
+            lambda t: self.accelerator.reduce(t.to(self.args.device), "sum"),
+            self.accelerator.num_processes,
+            self._dtype,
+        )
+        for batch, w in zip(batches, weights, strict=True):
+            batch["weights"] = torch.cat([torch.zeros_like(w[..., :1]), w[..., :-1]], -1)
+        return tokens
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """sum(weights * loss_t) of a micro-batch."""
+        if "weights" not in inputs:
+            self._add_weights([inputs])
+        out = self._fused_forward(model, inputs)
+        self._meter.add(out.metrics, (aligned_labels(inputs) != -100).sum())
+        return (out.loss, {"loss": out.loss}) if return_outputs else out.loss
+
+    def _fused_forward(self, model, inputs) -> LossOutput:
+        """Runs the loss as the forward of the wrapped model, so that DDP, FSDP2 and DeepSpeed hooks
+        see it.
+        """
+        inner = self.accelerator.unwrap_model(model)
+
+        def forward(**batch):
+            base = backbone(inner)
+            kwargs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
+            with self.accelerator.autocast(), self._settings():
+                hidden = base(**kwargs, use_cache=False).last_hidden_state
+                return linear_policy_loss(
+                    hidden, Head.of(inner), self._tokens(batch), self.objective
+                )
+
+        with replaced_forward(inner, forward):
+            return model(**inputs)
+
+    def _tokens(self, batch: dict) -> TokenBatch:
+        """The batch's columns, shifted to the positions that predict them; only what the objective
+        reads.
+        """
+        program = self.objective.program("behavior_logps" in batch)
+        columns = {}
+        for name in sorted(TOKEN_COLUMNS[r] for r in program.reads):
+            if name in batch:
+                columns[name] = _shift(batch[name], batch["input_ids"].shape)
+        extra = {name: _shift(batch[name], batch["input_ids"].shape) for name in program.gates}
+        return TokenBatch(
+            aligned_labels(batch),
+            weights=_shift(batch["weights"], batch["input_ids"].shape),
+            sequence_ids=batch.get("sequence_ids"),
+            extra=extra or None,
+            **columns,
+        )
+
+    def _settings(self):
+        stack = contextlib.ExitStack()
+        if self.args.memory_budget_mib is not None:
+            stack.enter_context(memory_budget(self.args.memory_budget_mib * 2**20))
+        if self.args.backend != "auto":
+            stack.enter_context(use_backend(self.args.backend))
+        return stack
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm that transformers logs; stops every rank when it is not finite (it is the same
+        on all).
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            return norm  # fp16: the scaler skips such a step and lowers its scale
+        if not math.isfinite(float(norm)):
+            raise NonFiniteGradientError(
+                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}, before "
+                f"the optimiser step; weights are unchanged.{self._blame()} Look at the losses "
+                "and ratios in metrics.jsonl; lower the learning rate, or clip the ratios"
+            )
+        return norm
+
+    def _blame(self) -> str:
+        names = [
+            n
+            for n, p in self.model.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f" Not finite: {', '.join(names[:3])}{more}." if names else ""
+
+    def log(self, logs, start_time=None):
+        """transformers' log with the metrics of the objective since the last one."""
+        if "loss" in logs:
+            logs |= self._meter.drain()
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ):
+        """Evaluation as one accumulated step: the loss over the whole set, whatever the batch size.
+        No logits.
+
+        With several ranks, rows that the sampler repeats to make ranks even count twice.
+        """
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        batches = list(dataloader)
+        self._add_weights(batches)
+        meter, total = Meter(), torch.zeros((), dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                out = self._fused_forward(model, inputs)
+                total += out.loss
+                meter.add(out.metrics, (aligned_labels(inputs) != -100).sum())
+                self.control = self.callback_handler.on_prediction_step(
+                    self.args, self.state, self.control
+                )
+        loss = self.accelerator.reduce(total, "mean").item()
+        metrics = {
+            f"{metric_key_prefix}_{k}": v for k, v in ({"loss": loss} | meter.drain()).items()
+        }
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, None, None): there are no logits to give."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+class Meter:
+    """Running means of metrics, weighted by tokens, on the device; `num_*` are sums, `*min` and
+    `*max` the extremes.
+    """
+
+    def __init__(self):
+        self.values: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor], tokens: Tensor) -> None:
+        for name, value in metrics.items():
+            value = value.detach().double()
+            if name.endswith(("max", "min")):
+                pick = torch.maximum if name.endswith("max") else torch.minimum
+                self.values[name] = pick(self.values[name], value) if name in self.values else value
+                continue
+            total = name.startswith("num_")
+            self.values[name] = self.values.get(name, 0.0) + (value if total else value * tokens)
+            if total:
+                continue
+            self.tokens[name] = self.tokens.get(name, 0) + tokens
+
+    def drain(self) -> dict[str, float]:
+        """name -> float since the last call; one host sync a metric."""
+        out = {
+            name: float(value / self.tokens[name].clamp(min=1) if name in self.tokens else value)
+            for name, value in self.values.items()
+        }
+        self.__init__()
+        return out
+
+
+@contextlib.contextmanager
+def replaced_forward(module, forward):
+    """`module(...)` runs `forward`; hooks of the module and of its wrappers stay."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _shift(values: Tensor, shape) -> Tensor:
+    """[B, T] at tokens -> [B, T] at the positions that predict them; [B] stays."""
+    if values.shape != shape:
+        return values
+    return torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)

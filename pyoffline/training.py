@@ -1,0 +1,181 @@
+"""One run from a configuration: model, tokenizer, data, trainer, checkpoint. The code behind
+`pyoffline train`.
+
+Not here: reading the configuration (config.py), the command line (cli.py).
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from pyoffline.config import ConfigError, RunConfig, build_objective
+from pyoffline.data import Needs, SampleSet, load_samples
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where things are. `stopped_by`: the signal that ended the run early, or None."""
+
+    output_dir: Path
+    model_dir: Path
+    metrics: Path
+    steps: int
+    stopped_by: int | None = None
+
+
+def run_training(
+    config: RunConfig, resume: bool = False, check_only: bool = False
+) -> RunResult | None:
+    """Train. With `check_only`, load and check everything and stop before the first step (None
+    comes back).
+
+    ConfigError, DataError: nothing was started. NonFiniteGradientError: stopped before the
+    optimiser step.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pyoffline.trainer_config import OfflineConfig
+
+    transformers.utils.logging.disable_progress_bar()
+    args = OfflineConfig(**(config.trainer | {"disable_tqdm": True}))
+    start = _checkpoint(args.output_dir) if resume else None
+    model = config.model
+    options = {"trust_remote_code": model.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path {model.path}", [f"no tokenizer could be loaded: {error}"]
+        ) from None
+    train, evaluation, keep = load_data(config, tokenizer)
+    transformers.set_seed(args.seed)
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=getattr(torch, model.dtype), use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path {model.path}", [f"no model could be loaded: {error}"]
+        ) from None
+    trainer, stop = build_trainer(config, args, lm, tokenizer, (train, evaluation, keep))
+    if check_only:
+        return None
+    try:
+        trainer.train(resume_from_checkpoint=start)
+    finally:
+        stop.restore()
+    return _finish(trainer, args, stop)
+
+
+def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, frozenset[str]]:
+    """Both sets and the columns that batches carry. Says on stderr what was left out."""
+    objective = build_objective(config)
+    needs = Needs.of(objective, config.advantage)
+    sets = []
+    for name, path in (("train", config.data.train), ("eval", config.data.eval)):
+        if path is None:
+            sets.append(None)
+            continue
+        data = load_samples(
+            path, tokenizer, config.data, needs, config.advantage, _bar(f"read {name}")
+        )
+        if data.skipped:
+            sys.stderr.write(f"{path}: left out {sum(data.skipped.values())} rows\n")
+            for reason, count in data.skipped.most_common(10):
+                sys.stderr.write(f"  {count:6d}  {reason}\n")
+        if data.truncated:
+            sys.stderr.write(
+                f"{path}: cut {data.truncated} rows to {config.data.max_length} tokens\n"
+            )
+        sets.append(data)
+    reads = objective.program(False).reads
+    keep = set(needs.columns) | set(needs.extras) | ({"advantages"} if "adv" in reads else set())
+    if config.trainer.get("aggregation") in ("prompt-mean", "prompt_mean"):
+        keep.add("group")
+    return sets[0], sets[1], frozenset(keep)
+
+
+def build_trainer(config: RunConfig, args, model, tokenizer, data):
+    """The trainer with its callbacks: OfflineTrainer, or transformers' own for `loss: stock`."""
+    import transformers
+
+    from pyoffline.callbacks import JsonlCallback, ProgressBar, StopCallback
+    from pyoffline.collate import Collator
+    from pyoffline.trainer import OfflineTrainer
+
+    train, evaluation, keep = data
+    pad = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
+    stop = StopCallback()
+    label = f"{config.objective['name']}, {'pyoffline' if config.loss == 'fused' else 'stock loss'}"
+    common = {
+        "model": model,
+        "args": args,
+        "train_dataset": train,
+        "eval_dataset": evaluation,
+        "data_collator": Collator(pad, keep, config.data.packing),
+        "processing_class": tokenizer,
+        "callbacks": [
+            JsonlCallback(Path(args.output_dir) / "metrics.jsonl"),
+            ProgressBar(label),
+            stop,
+        ],
+    }
+    if config.loss == "stock":
+        trainer = stock_trainer()(**common)
+    else:
+        trainer = OfflineTrainer(objective=build_objective(config), **common)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer, stop
+
+
+def stock_trainer() -> type:
+    """transformers.Trainer with the model's own forward and loss; only its checkpoints are ours."""
+    import transformers
+
+    from pyoffline.checkpoint import SafeCheckpoints
+
+    return type("StockTrainer", (SafeCheckpoints, transformers.Trainer), {})
+
+
+def _bar(label: str):
+    return lambda rows: tqdm(
+        rows, desc=label, unit="row", file=sys.stderr, mininterval=0.5, dynamic_ncols=True
+    )
+
+
+def _checkpoint(output_dir: str) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if found is None:
+        raise ConfigError(output_dir, ["--resume: there is no checkpoint in trainer.output_dir"])
+    return found
+
+
+def _finish(trainer, args, stop) -> RunResult:
+    output = Path(args.output_dir)
+    final = output / "final"
+    if stop.stopped_by is None:
+        trainer.save_model(str(final))
+    else:
+        final = output / f"checkpoint-{trainer.state.global_step}"
+    return RunResult(
+        output, final, output / "metrics.jsonl", trainer.state.global_step, stop.stopped_by
+    )
+
+
+def with_flags(config: RunConfig, skip_bad: bool, trust_remote_code: bool) -> RunConfig:
+    """The configuration with the command line's flags applied."""
+    data = replace(config.data, skip_bad=config.data.skip_bad or skip_bad)
+    trust = config.model.trust_remote_code or trust_remote_code
+    return replace(config, data=data, model=replace(config.model, trust_remote_code=trust))

@@ -1,0 +1,357 @@
+"""OfflineTrainer against a plain PyTorch loop in fp64: one sequence at a time, with logits."""
+
+import json
+import math
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from pyoffline.callbacks import JsonlCallback  # noqa: E402
+from pyoffline.collate import Collator  # noqa: E402
+from pyoffline.data import Sample, SampleSet  # noqa: E402
+from pyoffline.step_weights import step_weights  # noqa: E402
+from pyoffline.token_objectives import KL, NLL, Entropy, PPOClip  # noqa: E402
+from pyoffline.trainer import NonFiniteGradientError, OfflineTrainer  # noqa: E402
+from pyoffline.trainer_config import OfflineConfig  # noqa: E402
+
+VOCAB, RATE = 61, 0.02
+COLUMNS = frozenset({"old_logps", "ref_logps", "advantages"})
+
+
+def tiny_model(dtype=torch.float64):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def samples(n, seed=0):
+    """Ragged sequences with every column; old log-probs around what a random model gives."""
+    random = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(n):
+        n_prompt, n_completion = 1 + i % 3, 1 + (5 * i) % 7
+        ids = torch.randint(1, VOCAB, (n_prompt + n_completion,), generator=random).tolist()
+        noise = torch.randn(2, n_completion, generator=random) * 0.3 - math.log(VOCAB)
+        columns = {"old_logps": noise[0].tolist(), "ref_logps": noise[1].tolist()}
+        columns |= {"advantages": float(torch.randn((), generator=random)), "group": i // 2}
+        out.append(Sample(ids, n_prompt, i + 1, columns))
+    return out
+
+
+def make_trainer(tmp_path, data, objective, packing=False, keep=COLUMNS, model=None, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "optim": "sgd",
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "per_device_eval_batch_size": 3,
+    }
+    seen = []
+    collate = Collator(0, keep, packing)
+
+    def record(batch):
+        seen.append(batch)
+        return collate(batch)
+
+    trainer = OfflineTrainer(
+        tiny_model() if model is None else model,
+        OfflineConfig(**(defaults | options)),
+        objective,
+        train_dataset=SampleSet(data, {}),
+        eval_dataset=SampleSet(data, {}),
+        data_collator=record,
+    )
+    return trainer, seen
+
+
+class Gradients(transformers.TrainerCallback):
+    """Copies of all gradients before each optimiser step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append([p.grad.clone() for p in model.parameters()])
+
+
+def token_terms(model, sample):
+    """logp, entropy [n] of the completion's tokens, from the model's own logits."""
+    logits = model(input_ids=torch.tensor([sample.ids])).logits[0].log_softmax(-1)
+    labels = torch.tensor(sample.ids)[1:, None]
+    keep = slice(max(sample.n_prompt, 1) - 1, None)
+    logps = logits[:-1].gather(-1, labels)[:, 0]
+    return logps[keep], -(logits.exp() * logits).sum(-1)[:-1][keep]
+
+
+def fp32(values):
+    """Columns travel as fp32, so the oracle reads the same numbers."""
+    return torch.tensor(values, dtype=torch.float32).double()
+
+
+def nll_loss(model, sample):
+    return -token_terms(model, sample)[0]
+
+
+def ppo_loss(model, sample):
+    logps, entropy = token_terms(model, sample)
+    old, ref = (fp32(sample.columns[k]) for k in ("old_logps", "ref_logps"))
+    adv = fp32(sample.columns["advantages"])
+    ratio = (logps - old).exp()
+    clipped = torch.minimum(ratio * adv, ratio.clamp(0.8, 1.28) * adv)
+    gap = logps - ref
+    return -clipped + 0.04 * ((-gap).exp() - 1 + gap) - 0.001 * entropy
+
+
+PPO = PPOClip(0.2, 0.28) + 0.04 * KL("k3") - 0.001 * Entropy()
+OBJECTIVES = {
+    "nll": (NLL(), nll_loss, frozenset()),
+    "ppo_kl_entropy": (PPO, ppo_loss, COLUMNS),
+}
+
+
+def scale(mode, all_samples, sample):
+    """What one token of `sample` weighs in a step over `all_samples`."""
+    if mode == "token-mean":
+        return 1 / sum(s.n_completion for s in all_samples)
+    if mode == "seq-mean-token-mean":
+        return 1 / (len(all_samples) * sample.n_completion)
+    if mode == "prompt-mean":
+        group = [s for s in all_samples if s.columns["group"] == sample.columns["group"]]
+        prompts = len({s.columns["group"] for s in all_samples})
+        return 1 / (prompts * sum(s.n_completion for s in group))
+    assert mode == "constant"
+    return 1 / (len(all_samples) * 10)
+
+
+def total_loss(model, per_token, step, mode="token-mean"):
+    return sum((per_token(model, s) * scale(mode, step, s)).sum() for s in step)
+
+
+def plain_loop(steps, per_token, mode):
+    """SGD on the unpadded sequences; gradients and losses of every step."""
+    model = tiny_model()
+    gradients, losses = [], []
+    for step in steps:
+        loss = total_loss(model, per_token, step, mode)
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        losses.append(loss.item())
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= RATE * p.grad
+    return model, gradients, losses
+
+
+def assert_same_training(trainer, seen, per_token, accumulation, mode="token-mean"):
+    watch = Gradients()
+    trainer.add_callback(watch)
+    trainer.train()
+    steps = [sum(seen[i : i + accumulation], []) for i in range(0, len(seen), accumulation)]
+    model, gradients, losses = plain_loop(steps, per_token, mode)
+    assert len(watch.steps) == len(steps) > 1
+    for got, expected in zip(watch.steps, gradients, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == pytest.approx(losses, rel=2e-7)  # transformers keeps losses in fp32
+    for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradients_equal_a_plain_loop(tmp_path, name, accumulation, packing):
+    objective, per_token, keep = OBJECTIVES[name]
+    trainer, seen = make_trainer(
+        tmp_path, samples(13), objective, packing, keep, gradient_accumulation_steps=accumulation
+    )  # 7 micro-batches, the last of one row: the last step of 2 and 3 is short
+    assert_same_training(trainer, seen, per_token, accumulation)
+
+
+@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "prompt-mean", "constant"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_aggregation_spans_the_micro_batches(tmp_path, mode, packing):
+    trainer, seen = make_trainer(
+        tmp_path,
+        samples(13),
+        NLL(),
+        packing,
+        frozenset({"group"}),
+        gradient_accumulation_steps=3,
+        aggregation=mode,
+        horizon=10 if mode == "constant" else None,
+    )
+    assert_same_training(trainer, seen, nll_loss, 3, mode)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_eval_loss_is_the_loss_of_the_whole_set(tmp_path, name, batch):
+    objective, per_token, keep = OBJECTIVES[name]
+    data = samples(7)
+    trainer, _ = make_trainer(
+        tmp_path, data, objective, keep=keep, per_device_eval_batch_size=batch
+    )
+    expected = total_loss(tiny_model(), per_token, data).item()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-12)
+    assert metrics["eval_num_tokens"] == sum(s.n_completion for s in data)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_weights_of_the_batch_are_used_as_they_are(tmp_path):
+    trainer, _ = make_trainer(tmp_path, samples(4), NLL(), keep=frozenset())
+    batch = Collator(0)(samples(4))
+    batch["weights"] = torch.rand(batch["labels"].shape, dtype=torch.float64)
+    expected = 0.0
+    for row, s in enumerate(samples(4)):
+        weights = batch["weights"][row, s.n_prompt : len(s.ids)]
+        expected += (nll_loss(trainer.model, s) * weights).sum()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
+
+
+def test_the_models_own_forward_and_logits_are_never_used(tmp_path):
+    model = tiny_model()
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head ran"))
+    own = type(model).forward
+    try:
+        type(model).forward = lambda *a, **k: pytest.fail("the model's own forward ran")
+        with pytest.raises(TypeError, match="hook"):  # a hooked head is refused by Head.of
+            make_trainer(tmp_path, samples(4), NLL(), keep=frozenset(), model=model)
+        model.lm_head._forward_pre_hooks.clear()
+        trainer, _ = make_trainer(tmp_path, samples(4), NLL(), keep=frozenset(), model=model)
+        trainer.train()
+        trainer.evaluate()
+    finally:
+        type(model).forward = own
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+def test_a_non_finite_gradient_stops_before_the_optimiser_step(tmp_path, value):
+    data = samples(8)
+    bad = data[5].columns["advantages"] = [1.0] * data[5].n_completion
+    bad[0] = value
+    trainer, _ = make_trainer(tmp_path, data, PPOClip(), keep=COLUMNS - {"ref_logps"})
+    stepped = []
+    trainer.create_optimizer()
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda *a, **k: stepped.append(step(*a, **k))
+    with pytest.raises(NonFiniteGradientError, match="before the optimiser step"):
+        trainer.train()
+    assert len(stepped) == trainer.state.global_step < 4
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_metrics_are_logged_with_the_fields_names(tmp_path):
+    trainer, _ = make_trainer(tmp_path, samples(4), PPO)
+    trainer.add_callback(JsonlCallback(tmp_path / "metrics.jsonl"))
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in rows] == ["train_begin", "train", "train", "end"]
+    for row in rows[1:3]:
+        assert {
+            "loss",
+            "grad_norm",
+            "entropy",
+            "kl",
+            "ratio/mean",
+            "ratio/max",
+            "step_time_s",
+        } <= set(row)
+        assert row["ratio/max"] >= row["ratio/mean"] >= row["ratio/min"] > 0
+    assert sum(r["num_tokens"] for r in rows[1:3]) == sum(s.n_completion for s in samples(4))
+
+
+def test_resume_continues_bitwise_from_safetensors(tmp_path):
+    def train(folder, **options):
+        model = tiny_model(torch.float32)
+        trainer, _ = make_trainer(
+            folder,
+            samples(16),
+            NLL(),
+            keep=frozenset(),
+            model=model,
+            optim="adamw_torch",
+            gradient_accumulation_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            lr_scheduler_type="cosine",
+        )
+        trainer.train(**options)
+        return [p.detach().clone() for p in model.parameters()]
+
+    whole = train(tmp_path)
+    files = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert "optimizer.safetensors" in files
+    assert {name.rsplit(".", 1)[-1] for name in files} <= {"safetensors", "json"}
+    resumed = train(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for a, b in zip(whole, resumed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_pickles_is_refused(tmp_path):
+    trainer, _ = make_trainer(
+        tmp_path, samples(4), NLL(), keep=frozenset(), save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    folder = tmp_path / "checkpoint-1"
+    (folder / "optimizer.safetensors").unlink()
+    (folder / "optimizer.pt").write_bytes(b"not to be opened")
+    with pytest.raises(ValueError, match="pickles are not loaded"):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_weights_over_ranks_add_up_after_the_host_averages(ranks):
+    collate = Collator(0, frozenset({"group"}))
+    batches = [collate(samples(8)[i : i + 2]) for i in range(0, 8, 2)]
+    whole, tokens = step_weights(batches, "token-mean", None, lambda t: t, 1, torch.float64)
+    parts = []
+    for rank in range(ranks):
+        mine = batches[rank::ranks]
+
+        def everyone(t, mine=mine):
+            return torch.tensor([tokens, 8])
+
+        parts += step_weights(mine, "token-mean", None, everyone, ranks, torch.float64)[0]
+    assert sum(w.sum() for w in parts).item() / ranks == pytest.approx(1.0, rel=1e-12)
+    assert sum(w.sum() for w in whole).item() == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"aggregation": "token-maen"}, "aggregation"),
+        ({"label_smoothing_factor": 0.1}, "NLL"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"memory_budget_mib": 0}, "memory_budget_mib"),
+    ],
+)
+def test_options_that_would_do_nothing_raise(tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        OfflineConfig(output_dir=str(tmp_path), **options)
