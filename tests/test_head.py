@@ -43,7 +43,7 @@ def plain_logits(x, head):
 
 
 def lora(peft, model=None, adapters=({},), targets=("lm_head",), **settings):
-    """TinyLM under PEFT with B random, so that every adapter shows in the logits."""
+    """TinyLM under PEFT; random B and saved copies, so that every adapter shows in logits."""
     torch.manual_seed(0)
     model = TinyLM(bias=True) if model is None else model
     for i, extra in enumerate(adapters):
@@ -53,7 +53,7 @@ def lora(peft, model=None, adapters=({},), targets=("lm_head",), **settings):
         else:
             model.add_adapter(f"more{i}", config)
     for name, p in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "modules_to_save" in name:  # the copy, not the original
             nn.init.normal_(p)
     return model
 
