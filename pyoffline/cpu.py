@@ -66,6 +66,9 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None
     if rows.coefs is not None:
         _row_pass(logits, dlogits, rows, out, scale, coefs=rows.coefs.float().contiguous())
         return
+    if not rows.codes:
+        _row_pass(logits, None, rows, out, scale)
+        return
     if CUSTOM_CODE not in rows.codes[0::3]:
         _row_pass(
             logits,
