@@ -8,6 +8,13 @@ backward raises and names the op. Not here: the ops (`ops.py`).
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    is_legacy_batchedtensor,
+)
+from torch.autograd import forward_ad
 
 from pyoffline import ops
 from pyoffline.ops import DTYPES
@@ -26,6 +33,10 @@ def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
     """grad * upstream, cast once; in place where the gradient is ours to write, untouched where
     upstream is 1.
     """
+    if is_functorch_wrapped_tensor(upstream) or is_legacy_batchedtensor(upstream):
+        # is_grads_batched: several upstreams at once
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return (grad.to(wide) * upstream.to(wide)).to(dtype)
     if not _eager(grad) or upstream.device.type != "cpu":
         return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
     factor = upstream.item()
@@ -34,15 +45,56 @@ def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
     return grad.to(dtype)
 
 
-def once(grads: list, name: str) -> list:
+class _FormedOnce(torch.autograd.Function):
+    """Identity on gradients, hung below the op's inputs so that a derivative of them comes here."""
+
+    @staticmethod
+    def forward(ctx, name, count, *grads_then_inputs):
+        ctx.name = name
+        return tuple(g.view_as(g) for g in grads_then_inputs[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"pyoffline::{ctx.name}: double backward is not implemented; gradients are formed once"
+        )
+
+
+def once(grads: list, name: str, inputs) -> list:
     """Under create_graph, make a derivative of these gradients an error that names the op."""
-    if not torch.is_grad_enabled():
-        return grads
     live = [g for g in grads if g is not None]
-    message = f"pyoffline::{name}: double backward is not implemented; gradients are formed once"
-    guard = torch._C._functions.DelayedError(message.encode(), len(live))
-    wrapped = iter(guard(*[g.detach().requires_grad_() for g in live]))
+    if not torch.is_grad_enabled() or not live:
+        return grads
+    wrapped = iter(_FormedOnce.apply(name, len(live), *live, *inputs))
     return [None if g is None else next(wrapped) for g in grads]
+
+
+def _transform_of(x: Tensor) -> str | None:
+    """The derivative that torch.func or forward AD would take through this tensor, if any."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return "jvp and forward AD"
+    while is_functorch_wrapped_tensor(x):
+        if is_gradtrackingtensor(x) and x.requires_grad:
+            return "torch.func.grad, vjp and hessian"
+        x = get_unwrapped(x)
+    return None
+
+
+def apply(op, *args):
+    """`op(*args)`, refusing derivatives that torch would drop in silence (forward AD gives tangent
+    0 for a custom op) or refuse without a name (torch.func.grad).
+    """
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    ):
+        for x in args:
+            transform = _transform_of(x) if isinstance(x, Tensor) else None
+            if transform:
+                raise RuntimeError(
+                    f"{op._qualname}: {transform} are not implemented; use loss.backward() or "
+                    "torch.autograd.grad"
+                )
+    return op(*args)
 
 
 def _linear_setup(ctx, inputs, output):
@@ -78,7 +130,7 @@ def _linear_backward(ctx, g_loss, *_):
         apply_upstream(formed[i], g_loss, args[i].dtype) if needs & (1 << i) else None
         for i in range(5)
     ]
-    grads[:5] = once(live, "linear_policy")
+    grads[:5] = once(live, "linear_policy", args[:5])
     return tuple(grads)
 
 
@@ -107,7 +159,8 @@ def _logits_backward(ctx, g_loss, *_):
         with torch.no_grad():
             formed = ops.logits_policy(*args)[7:]
     dlogits, unscale = formed
-    grads[:1] = once([apply_upstream(dlogits, g_loss * unscale, args[0].dtype)], "logits_policy")
+    live = [apply_upstream(dlogits, g_loss * unscale, args[0].dtype)]
+    grads[:1] = once(live, "logits_policy", args[:1])
     return tuple(grads)
 
 
@@ -165,7 +218,7 @@ def _logps_backward(ctx, g_logps, g_entropy, g_lse, *_):
         formed = ops.linear_coefs(*linear, labels, temperature, None, coefs, head, *rest)
     needs = args[10]
     live = [formed[i].to(linear[i].dtype) if needs & (1 << i) else None for i in range(5)]
-    return (*once(live, "linear_logps"), *[None] * 8)
+    return (*once(live, "linear_logps", linear), *[None] * 8)
 
 
 linear_logps.register_autograd(_logps_backward, setup_context=_logps_setup)
@@ -199,7 +252,7 @@ def _logits_logps_backward(ctx, g_logps, g_entropy, g_lse, *_):
         dlogits = ops.logits_coefs(
             logits, labels, temperature, None, coefs, ctx.ignore_index, ctx.backend
         )
-    return (*once([dlogits], "logits_logps"), None, None, None, None)
+    return (*once([dlogits], "logits_logps", [logits]), None, None, None, None)
 
 
 logits_logps.register_autograd(_logits_logps_backward, setup_context=_logits_logps_setup)

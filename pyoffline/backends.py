@@ -61,7 +61,11 @@ def use_backend(name: str):
 
 
 def pick(device: str, dtype: torch.dtype) -> str:
-    """The backend for tensors of this device and dtype."""
+    """The backend for tensors of this device and dtype. A compiled graph carries "auto" instead
+    and picks when it runs: `use_backend` holds for it too, and is nothing to guard on.
+    """
+    if torch.compiler.is_compiling():
+        return "auto"
     name = _choice.get()
     if name != "auto":
         reason = why_not(name, device, dtype)
@@ -71,8 +75,12 @@ def pick(device: str, dtype: torch.dtype) -> str:
     return next(n for n in ORDER.get(device, ("reference",)) if why_not(n, device, dtype) is None)
 
 
-def load(name: str):
-    """The module of a backend: it has `linear(LinearCall)` and `logits(LogitsCall)`."""
+def load(name: str, x: torch.Tensor):
+    """The module of a backend (for "auto": the one picked now, for `x`): it has
+    `linear(LinearCall)` and `logits(LogitsCall)`.
+    """
+    if name == "auto":
+        name = pick(x.device.type, x.dtype)
     return importlib.import_module(MODULES[name])
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from pyoffline import checks, ops
+from pyoffline.autograd import apply
 from pyoffline.backends import pick
 from pyoffline.calls import stats_dtype
 from pyoffline.flatten import flatten_head
 from pyoffline.head import Head
 from pyoffline.objectives import Term
-from pyoffline.policy_loss import plan_list, wants_grad
+from pyoffline.plan import plan_list
+from pyoffline.policy_loss import wants_grad
 from pyoffline.program import Program, compile_terms
 from pyoffline.token_losses import linear_losses, logits_losses
 
@@ -123,14 +125,13 @@ def cross_entropy(
     extras = _of_label(u, labels, ignore_index)
     gates, backend = ",".join(program.gates), pick(input.device.type, input.dtype)
     if reduction == "none":
-        loss, _ = logits_losses(
-            flat, labels, extras, u, program.hyper, program.codes, gates, ignore_index, backend
-        )
+        tail = (program.hyper, program.codes, gates, ignore_index, backend)
+        loss, _ = apply(logits_losses, flat, labels, extras, u, *tail)
         return loss.reshape(shape)
     weights = _normaliser(labels, extras[0] if extras else None, ignore_index, reduction, dtype)
     vectors = (weights, None, None, None, None, None)
     tail = (program.codes, gates, ignore_index, wants_grad(flat), backend)
-    return ops.logits_policy(flat, labels, *vectors, extras, u, program.hyper, *tail)[0]
+    return apply(ops.logits_policy, flat, labels, *vectors, extras, u, program.hyper, *tail)[0]
 
 
 def linear_cross_entropy(
@@ -173,8 +174,9 @@ def linear_cross_entropy(
     program_args = (program.hyper, x.scalars, program.codes)
     if reduction == "none":
         linear = (x.hidden, x.weight, x.bias)
-        loss, _ = linear_losses(*linear, labels, extras, u, *program_args, *tail)
+        loss, _ = apply(linear_losses, *linear, labels, extras, u, *program_args, *tail)
         return loss.reshape(shape)
     weights = _normaliser(labels, extras[0] if extras else None, ignore_index, reduction, dtype)
     vectors = (weights, None, None, None, None, None)
-    return ops.linear_policy(*x.linear, labels, *vectors, extras, u, *program_args, *tail)[0]
+    args = (*x.linear, labels, *vectors, extras, u, *program_args, *tail)
+    return apply(ops.linear_policy, *args)[0]

@@ -150,7 +150,7 @@ def _sequence_ids(tokens: TokenBatch, shape, device) -> None:
     checks.same_device("sequence_ids", ids, device)
 
 
-def check_all_read(tokens: TokenBatch, program: Program, owner: str) -> None:
+def check_all_read(tokens: TokenBatch, program: Program, owner) -> None:
     """Nothing given is dropped in silence, nothing read is missing."""
     for field, short in TOKEN_FIELDS.items():
         given = getattr(tokens, field) is not None
@@ -228,5 +228,5 @@ def objective_program(objective, tokens: TokenBatch) -> Program:
     if not isinstance(tokens, TokenBatch):
         raise TypeError(f"tokens: expected a po.TokenBatch, got {type(tokens).__name__}")
     program = objective.program(tokens.behavior_logps is not None)
-    check_all_read(tokens, program, str(objective))
+    check_all_read(tokens, program, objective)
     return program

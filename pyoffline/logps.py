@@ -12,7 +12,7 @@ from pyoffline.backends import pick
 from pyoffline.calls import stats_dtype
 from pyoffline.flatten import flatten_head, vector
 from pyoffline.head import Head
-from pyoffline.policy_loss import plan_list
+from pyoffline.plan import plan_list
 from pyoffline.records import TokenStats
 
 
@@ -38,7 +38,8 @@ def linear_token_logps(
     x = flatten_head(hidden, head.tensors())
     shape, device = hidden.shape[:-1], hidden.device
     flat = checks.labels(labels, shape, device).reshape(-1)
-    stats = autograd.linear_logps(
+    stats = autograd.apply(
+        autograd.linear_logps,
         *x.linear,
         flat,
         vector("temperature", temperature, shape, device, stats_dtype(x.hidden.dtype)),
@@ -68,7 +69,8 @@ def token_logps(
     flat = checks.labels(labels, shape, device).reshape(-1)
     if isinstance(temperature, int | float):
         temperature = torch.full(shape, float(temperature), device=device)
-    stats = autograd.logits_logps(
+    stats = autograd.apply(
+        autograd.logits_logps,
         logits.reshape(-1, logits.shape[-1]),
         flat,
         vector("temperature", temperature, shape, device, stats_dtype(logits.dtype)),

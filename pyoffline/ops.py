@@ -21,7 +21,7 @@ from pyoffline.calls import (
     stats_dtype,
 )
 from pyoffline.chunk_loop import grad_dtype
-from pyoffline.plan import PlanSettings
+from pyoffline.plan import settings_of
 
 # Bits of the `needs` integer.
 HIDDEN, WEIGHT, BIAS, ADAPTER_HIDDEN, ADAPTER_WEIGHT = (1 << i for i in range(5))
@@ -132,12 +132,12 @@ def linear_policy(
         weight,
         rows,
         needs_record(needs),
-        PlanSettings(plan[0], plan[1], bool(plan[2])),
+        settings_of(plan),
         DTYPES[logits_dtype],
         adapter_hidden,
         adapter_weight,
     )
-    return _flat(load(backend).linear(call), hidden.shape[0])
+    return _flat(load(backend, hidden).linear(call), hidden.shape[0])
 
 
 def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
@@ -203,12 +203,12 @@ def linear_coefs(
         weight,
         rows,
         needs_record(needs),
-        PlanSettings(plan[0], plan[1], bool(plan[2])),
+        settings_of(plan),
         DTYPES[logits_dtype],
         adapter_hidden,
         adapter_weight,
     )
-    return _flat(load(backend).linear(call), hidden.shape[0])[7:]
+    return _flat(load(backend, hidden).linear(call), hidden.shape[0])[7:]
 
 
 @linear_coefs.register_fake
@@ -247,7 +247,7 @@ def logits_policy(
         _PLAIN_HEAD,
         ignore_index,
     )
-    result = load(backend).logits(LogitsCall(logits, rows, needs_grad))
+    result = load(backend, logits).logits(LogitsCall(logits, rows, needs_grad))
     out, loss = result.out, result.loss
     dlogits = logits.new_empty(0) if result.dlogits is None else result.dlogits
     unscale = loss.new_full((), result.unscale)
@@ -279,7 +279,7 @@ def logits_coefs(
     vectors = (None, None, None, None, None, temperature)
     shared = (None, class_weight)
     rows = _rows(labels, vectors, [], "", shared, (), None, _PLAIN_HEAD, ignore_index, coefs)
-    result = load(backend).logits(LogitsCall(logits, rows, True))
+    result = load(backend, logits).logits(LogitsCall(logits, rows, True))
     return result.dlogits if result.unscale == 1.0 else result.dlogits * result.unscale
 
 

@@ -20,6 +20,9 @@ DEFAULT_BUDGET = {"cpu": 512 * MIB, "cuda": 1024 * MIB}
 DETERMINISTIC_ROWS = 256
 # Chunks are cut at multiples of this where there is more than one: full tiles for the GEMMs.
 ROW_MULTIPLE = 16
+# A plan list of this only: the overrides in force when the op runs. (Never an empty list: torch's
+# autograd glue takes it for a list of tensors.)
+READ_AT_RUN = -1
 
 _rows = contextvars.ContextVar("pyoffline_chunk_rows", default=0)
 _budget = contextvars.ContextVar("pyoffline_memory_budget", default=0)
@@ -82,6 +85,23 @@ class PlanSettings:
 def current_settings() -> PlanSettings:
     """What the context managers say now."""
     return PlanSettings(_rows.get(), _budget.get(), is_deterministic())
+
+
+def plan_list() -> list[int]:
+    """The overrides as a custom op carries them. A compiled graph carries none and reads them when
+    it runs: a context variable is nothing to guard on.
+    """
+    if torch.compiler.is_compiling():
+        return [READ_AT_RUN]
+    s = current_settings()
+    return [s.rows, s.budget, int(s.deterministic)]
+
+
+def settings_of(plan: list[int]) -> PlanSettings:
+    """`plan_list` back into its record."""
+    if list(plan) == [READ_AT_RUN]:
+        return current_settings()
+    return PlanSettings(plan[0], plan[1], bool(plan[2]))
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,15 @@ the chunk loop (`chunk_loop.py`), the objectives (`token_objectives.py`), aggreg
 import torch
 from torch import Tensor
 
-from pyoffline import autograd, checks, ops  # noqa: F401  autograd registers the formulas
+from pyoffline import autograd, checks, ops
 from pyoffline.backends import pick
 from pyoffline.calls import stats_dtype
 from pyoffline.compose import Objective
 from pyoffline.flatten import flatten_head, flatten_tokens, objective_program
 from pyoffline.head import Head
 from pyoffline.metrics import token_metrics
-from pyoffline.plan import current_settings
+from pyoffline.plan import plan_list
 from pyoffline.records import LossOutput, TokenBatch, TokenStats
-
-
-def plan_list() -> list[int]:
-    """The chunk plan's overrides as a custom op carries them."""
-    s = current_settings()
-    return [s.rows, s.budget, int(s.deterministic)]
 
 
 def _output(flat, result, shape) -> LossOutput:
@@ -67,7 +61,8 @@ def linear_policy_loss(
     x = flatten_head(hidden, head.tensors())
     shape, device = hidden.shape[:-1], hidden.device
     flat = flatten_tokens(tokens, shape, device, stats_dtype(x.hidden.dtype), program)
-    result = ops.linear_policy(
+    result = autograd.apply(
+        ops.linear_policy,
         *x.linear,
         flat.labels,
         flat.weights,
@@ -107,7 +102,8 @@ def policy_loss(
         raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")
     shape, device = logits.shape[:-1], logits.device
     flat = flatten_tokens(tokens, shape, device, stats_dtype(logits.dtype), program)
-    result = ops.logits_policy(
+    result = autograd.apply(
+        ops.logits_policy,
         logits.reshape(-1, logits.shape[-1]),
         flat.labels,
         flat.weights,

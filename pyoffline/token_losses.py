@@ -13,7 +13,8 @@ from pyoffline import ops
 from pyoffline.autograd import once
 from pyoffline.backends import load
 from pyoffline.calls import LinearCall, LogitsCall, Needs, stats_dtype
-from pyoffline.ops import DTYPES, PlanSettings
+from pyoffline.ops import DTYPES
+from pyoffline.plan import settings_of
 
 
 @torch.library.custom_op("pyoffline::linear_losses", mutates_args=())
@@ -37,11 +38,11 @@ def linear_losses(
     """loss_t [N] and its coefficients [4, N]."""
     shared = (bias, class_weight)
     rows = ops._rows(labels, [None] * 6, extras, gates, shared, codes, hyper, head, ignore_index)
-    settings = PlanSettings(plan[0], plan[1], bool(plan[2]))
+    settings = settings_of(plan)
     call = LinearCall(
         hidden, weight, rows, Needs(), settings, DTYPES[logits_dtype], wants_coefs=True
     )
-    out = load(backend).linear(call).out
+    out = load(backend, hidden).linear(call).out
     return out.loss, out.coefs
 
 
@@ -71,7 +72,7 @@ def _linear_backward(ctx, g_loss, _):
         formed = ops.linear_coefs(*linear, labels, None, class_weight, scaled, head, *ctx.static)
     needs = ctx.static[2]
     live = [formed[i].to(linear[i].dtype) if needs & (1 << i) else None for i in range(3)]
-    return (*once(live, "linear_losses"), None, [None] * ctx.n_extras, *[None] * 10)
+    return (*once(live, "linear_losses", linear), None, [None] * ctx.n_extras, *[None] * 10)
 
 
 linear_losses.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -93,7 +94,7 @@ def logits_losses(
     shared = (None, class_weight)
     head = ops._PLAIN_HEAD
     rows = ops._rows(labels, [None] * 6, extras, gates, shared, codes, hyper, head, ignore_index)
-    out = load(backend).logits(LogitsCall(logits, rows, False, True)).out
+    out = load(backend, logits).logits(LogitsCall(logits, rows, False, True)).out
     return out.loss, out.coefs
 
 
@@ -114,7 +115,7 @@ def _logits_backward(ctx, g_loss, _):
     with torch.no_grad():
         scaled = torch.where(coefs == 0, 0.0, coefs * g_loss)
         dlogits = ops.logits_coefs(logits, labels, None, class_weight, scaled, *ctx.static)
-    grads = once([dlogits], "logits_losses")
+    grads = once([dlogits], "logits_losses", [logits])
     return (*grads, None, [None] * ctx.n_extras, *[None] * 6)
 
 
