@@ -22,9 +22,9 @@ demo: install
 bench: install
 	$(BIN)/pyoffline bench
 
-# Tests that only a GPU can run are left out by name and counted in the closing lines as not run.
+# tests/conftest.py leaves out what only a GPU can run, and counts it in the closing lines as not run.
 test: install
-	$(PYTEST) -q -m "not gpu"
+	$(PYTEST) -q
 
 lint: install
 	$(BIN)/ruff check .

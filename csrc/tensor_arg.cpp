@@ -113,6 +113,9 @@ TensorArg CallArgs::read(py::handle object, const std::string& name) const {
               object.is_none() ? "this argument is required" : "convert it first");
   arg.name = name;
   arg.given = true;
+  // An empty tensor has no memory, and null means absent further down.
+  static double nothing = 0;
+  if (!arg.data && arg.numel() == 0) arg.data = &nothing;
   return arg;
 }
 

@@ -86,6 +86,14 @@ void read_sizes(py::handle sizes, py::handle strides, TensorArg& arg) {
   }
 }
 
+// A storage without memory (zero tensors) refuses its pointer: its range is empty.
+void read_storage(const TorchApi& api, py::handle object, TensorArg& arg) {
+  py::object storage = api.storage(object);
+  if (!api.data_ptr(object).cast<uintptr_t>()) return;
+  arg.storage_begin = api.storage_ptr(storage).cast<uintptr_t>();
+  arg.storage_end = arg.storage_begin + api.storage_nbytes(storage).cast<uintptr_t>();
+}
+
 void read_plain_torch(const TorchApi& api, py::handle object, TensorArg& arg) {
   // Data descriptors of the exact types torch.Tensor and Parameter: an instance attribute cannot
   // hide them.
@@ -106,13 +114,8 @@ void read_plain_torch(const TorchApi& api, py::handle object, TensorArg& arg) {
   if (api.is_neg(object).cast<bool>())
     throw ReadError{"a tensor that owns its sign", "a negative view", "call .resolve_neg()"};
   read_sizes(object.attr("shape"), api.stride(object), arg);
-  py::object storage = api.storage(object);
-  const auto nbytes = api.storage_nbytes(storage).cast<int64_t>();
+  read_storage(api, object, arg);
   arg.data = reinterpret_cast<void*>(api.data_ptr(object).cast<uintptr_t>());
-  // A storage without memory (fake, zero tensors) refuses its pointer; only empty tensors may have
-  // that.
-  if (arg.data && nbytes) arg.storage_begin = api.storage_ptr(storage).cast<uintptr_t>();
-  arg.storage_end = arg.storage_begin + static_cast<uintptr_t>(nbytes);
 }
 
 py::object plain_torch(const TorchApi& api, py::handle object) {
@@ -161,12 +164,9 @@ void read_numpy_storage(const NumpyApi& api, py::handle array, TensorArg& arg) {
       break;
     }
   }
-  TensorArg whole;
-  if (!py::isinstance(last, api.array) && torch_api() &&
-      py::isinstance(last, torch_api()->tensor)) {
-    read_torch(*torch_api(), last, whole);
-    arg.storage_begin = whole.storage_begin;
-    arg.storage_end = whole.storage_end;
+  const TorchApi* torch = torch_api();
+  if (torch && py::type::handle_of(last).is(torch->tensor)) {
+    read_storage(*torch, last, arg);
     return;
   }
   Py_buffer view;

@@ -1,0 +1,25 @@
+"""What every test run shares: GPU tests are left out by name where there is no GPU, and counted.
+
+A test that this machine cannot run is reported as "not run", never as passed.
+"""
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+_not_run = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if HAS_GPU:
+        return
+    _not_run[:] = [item for item in items if item.get_closest_marker("gpu")]
+    if _not_run:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=_not_run)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not HAS_GPU:
+        terminalreporter.write_line(f"not run: {len(_not_run)} gpu tests (no GPU)")
