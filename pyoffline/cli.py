@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Known errors are one message on stderr, unknown ones a
     traceback.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -109,6 +109,19 @@ def main(argv: list[str] | None = None) -> int:
         else:
             sys.stderr.write(f"pyoffline: {error}\n")
         return _exit_code(error)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` may also stand after options, which argparse alone refuses."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    values = [a for a in rest if "=" in a and not a.startswith("-")]
+    if len(values) < len(rest) or (values and not hasattr(args, "overrides")):
+        unknown = [a for a in rest if a not in values] or rest
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if values:
+        args.overrides = [*args.overrides, *values]
+    return args
 
 
 def _is_known(error: Exception) -> bool:

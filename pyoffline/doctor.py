@@ -80,4 +80,4 @@ def known_answer() -> tuple[float, float]:
     loss = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
     loss.backward()
     gradient = (x.grad.double() - y.grad).abs().max() / y.grad.abs().max()
-    return abs(float(out.loss) - float(loss)), float(gradient)
+    return abs(float(out.loss.detach()) - float(loss.detach())), float(gradient)

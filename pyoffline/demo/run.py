@@ -5,6 +5,7 @@ own. Both start from the same weights and see the same batches in the same order
 figure (figure.py), the text (corpus.py).
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -43,13 +44,14 @@ def run_demo(settings: DemoSettings) -> Path:
     start = time.perf_counter()
     settings = replace(settings, output=settings.output.resolve())
     settings.output.mkdir(parents=True, exist_ok=True)
-    print(f"[1/4] text and tokenizer ({settings.vocab:,} entries) from Python's standard library")
+    say = functools.partial(print, flush=True)  # between the output of the child processes
+    say(f"[1/4] text and tokenizer ({settings.vocab:,} entries) from Python's standard library")
     prepare_data(settings)
-    print("[2/4] a small Llama with random weights")
+    say("[2/4] a small Llama with random weights")
     n_parameters = prepare_model(settings)
     for number, (name, loss) in enumerate(KINDS, 3):
         kind = "the stock loss" if loss == "stock" else "pyoffline"
-        print(f"[{number}/4] {settings.steps} steps with {kind}")
+        say(f"[{number}/4] {settings.steps} steps with {kind}")
         train(settings, name, loss)
     runs = [figure.Run.read(settings.output / name / "metrics.jsonl") for name, _ in KINDS]
     path = settings.figure or settings.output / "demo.png"
