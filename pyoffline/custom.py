@@ -89,6 +89,7 @@ class _Traced:
     extras: tuple[str, ...]
     param_names: tuple[str, ...]
     number: int
+    source: tuple[Callable, Callable | None]  # the function and its closed form
 
     def evaluate(self, params: Tensor, rows, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Loss and coefs on the [C] vectors of one chunk."""
@@ -121,8 +122,20 @@ class CustomObjective(Objective):
             )
         return replace(self, params={**self.params, **{k: float(v) for k, v in params.items()}})
 
+    def __reduce__(self):
+        # by its function: the number is a place in the registry of this process only
+        return _rebuild, (*self.traced.source, self.params)
+
+    def __deepcopy__(self, memo):
+        return self
+
     def terms(self, has_mu=False):
         return (Term(self.traced.name, 1.0, tuple(self.params.values()), custom=self.traced),)
+
+
+def _rebuild(fn, closed_form, params) -> CustomObjective:
+    """Unpickle: trace the function again, in this process."""
+    return custom(fn, closed_form=closed_form, **params)
 
 
 def _split(args, reads, extras, params):
@@ -227,7 +240,8 @@ def custom(
         graphs = dict.fromkeys(
             graphs, lambda *a: closed_form(_split(a, reads, extras, tuple(params)))
         )
-    traced = _Traced(name, graphs, reads, extras, tuple(params), len(CUSTOM_TERMS))
+    number, source = len(CUSTOM_TERMS), (fn, closed_form)
+    traced = _Traced(name, graphs, reads, extras, tuple(params), number, source)
     CUSTOM_TERMS.append(traced)
     return CustomObjective(traced, params)
 
