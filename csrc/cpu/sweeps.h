@@ -232,11 +232,13 @@ void simple_gradient(const RowInput& row, const RowSums& sums, const RowGradient
                      Out* out) {
   const Source<T, false> src(row, sums.offset);
   const F from_p = Vec::set(constants.from_p);
-  auto value = [&](F x) { return Vec::mul(vec_exp(src.shifted(x)), from_p); };
+  auto value = [&](F x) { return Vec::mul(exp_clamped(clamp_below(src.shifted(x))), from_p); };
   for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
     int64_t i = begin;
-    for (; i + kWidth <= end; i += kWidth) Vec::store(out + i, value(src.y(i)));
+    for (; i + kWidth <= end; i += kWidth) {
+      Vec::store_number(out + i, value(src.y(i)));
+    }
     const int n = static_cast<int>(end - i);
     if (n) Vec::store(out + i, value(src.y(i, n)), n);
   }
@@ -252,7 +254,7 @@ void full_gradient(const RowInput& row, const RowSums& sums, const RowGradient& 
   const F from_u = Vec::set(-constants.from_u), inverse_d = Vec::set(constants.inverse_d);
   const bool has_pt = constants.from_pt != 0.0f, has_u = constants.from_u != 0.0f;
   auto value = [&](F x, F u) {
-    const F bent = src.bent(x), t = clamp_for_exp(src.shifted(bent)), e = exp_clamped(t);
+    const F bent = src.bent(x), t = clamp_below(src.shifted(bent)), e = exp_clamped(t);
     F dz = has_pt ? Vec::fma(from_pt, t, from_p) : from_p;
     dz = Vec::drop_zero(Vec::mul(e, inverse_d), Vec::mul(e, dz));
     if (has_u) dz = Vec::add(dz, Vec::drop_zero(u, Vec::mul(from_u, u)));

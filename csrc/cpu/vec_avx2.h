@@ -105,6 +105,10 @@ struct Vec {
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   template <class T>
+  static void store_number(T* out, F x) {
+    store(out, x);
+  }
+  template <class T>
   static void store(T* out, F x, int n) {
     T lanes[width];
     store(lanes, x);

@@ -80,18 +80,31 @@ struct Vec {
   static void store(bf16* out, F x, int n) { _mm256_mask_storeu_epi16(out, mask(n), narrow(x)); }
   static void store(f16* out, F x, int n) { _mm256_mask_storeu_epi16(out, mask(n), to_half(x)); }
 
+  template <class T>
+  static void store_number(T* out, F x) {
+    store(out, x);
+  }
+  static void store_number(bf16* out, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow_number(x));
+  }
+
  private:
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F widen(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
+  static __m512i round_to_bf16(__m512i u) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  }
+  static __m256i narrow_number(F x) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(_mm512_castps_si512(x)), 16));
+  }
   static __m256i narrow(F x) {
     const __m512i u = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-    rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u,
-                                   _mm512_set1_epi32(0x00400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    const __m512i picked = _mm512_mask_or_epi32(
+        round_to_bf16(u), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x00400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(picked, 16));
   }
   static __m256i to_half(F x) {
     return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -104,6 +104,10 @@ struct Vec {
     memcpy(out, &bits, sizeof(bits));
   }
   template <class T>
+  static void store_number(T* out, F x) {
+    store(out, x);
+  }
+  template <class T>
   static void store(T* out, F x, int n) {
     T lanes[width];
     store(lanes, x);

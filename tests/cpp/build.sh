@@ -1,22 +1,26 @@
 #!/bin/sh
-# Builds row_pass_test into $1 (a scratch folder) with the flags of setup.py, without Python. Extra flags: $CXXFLAGS.
+# Builds row_pass_test and row_pass_time into $1 (a scratch folder) with the flags of setup.py, without Python. Extra flags: $CXXFLAGS.
 # Fails when an object compiled for a wider instruction set defines a weak symbol, which the linker could pick elsewhere.
 set -e
 out=${1:?usage: build.sh FOLDER}
 cpu=$(dirname "$0")/../../csrc/cpu
 mkdir -p "$out"
 compile() {
-  name=$1
+  source=$1
   shift
-  ${CXX:-g++} -O3 -std=c++17 -fopenmp -fno-math-errno -Wall -Wextra "$@" ${CXXFLAGS-} -c "$name" -o "$out/$(basename "$name" .cpp).o"
+  ${CXX:-g++} -O3 -std=c++17 -fopenmp -fno-math-errno -Wall -Wextra "$@" ${CXXFLAGS-} -c "$source" -o "$out/$(basename "$source" .cpp).o"
 }
 compile "$cpu/row_pass_portable.cpp"
 compile "$cpu/row_pass_avx2.cpp" -mavx2 -mfma -mf16c
 compile "$cpu/row_pass_avx512.cpp" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
 for name in row_pass dispatch parallel; do compile "$cpu/$name.cpp"; done
-compile "$(dirname "$0")/row_pass_test.cpp"
-if [ -z "${CXXFLAGS-}" ] && nm -C "$out"/row_pass_avx*.o "$out"/row_pass_portable.o | grep " [VWu] "; then
+mkdir -p "$out/kernel"
+mv "$out"/*.o "$out/kernel"
+if [ -z "${CXXFLAGS-}" ] && nm -C "$out"/kernel/row_pass_avx*.o "$out"/kernel/row_pass_portable.o | grep " [VWu] "; then
   echo "weak symbols in an ISA object" >&2
   exit 1
 fi
-${CXX:-g++} -fopenmp ${CXXFLAGS-} "$out"/*.o -o "$out/row_pass_test"
+for name in row_pass_test row_pass_time; do
+  compile "$(dirname "$0")/$name.cpp"
+  ${CXX:-g++} -fopenmp ${CXXFLAGS-} "$out/$name.o" "$out"/kernel/*.o -o "$out/$name"
+done
