@@ -1,4 +1,4 @@
-"""The command line: `pyoffline train | demo | doctor | explain | bench`.
+"""The command line: `pyoffline train | score | demo | doctor | explain | bench`.
 
 Heavy imports happen inside the commands, so that `--help` is instant. Exit codes are in `pyoffline
 --help`. Not here: what the commands do (training.py, demo/, benchmarks/).
@@ -46,6 +46,16 @@ a row of the data (JSONL or Parquet):
   or "messages": [...], or "text": "..."; completion_ids beside old_logps make the tokens exact.
 """
 
+SCORE = """\
+Adds the log-probs of every completion token under a model to a file of samples, as a new file.
+Training reads them as old_logps (the policy that is improved), behavior_logps (the one that wrote
+the data) or ref_logps (a reference to stay near).
+
+examples:
+  pyoffline score samples.jsonl --model Qwen/Qwen2.5-0.5B --output scored.jsonl
+  pyoffline score scored.jsonl --model runs/sft/final --column ref_logps --output both.jsonl
+"""
+
 DEMO = """\
 Trains a small Llama on the source of Python's standard library twice, with the stock loss and
 with pyoffline, from the same weights on the same batches, and draws both loss curves, their
@@ -78,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show Python tracebacks")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_score(commands)
     _add_demo(commands)
     command = _command(
         commands, "doctor", "what is installed, and which backend serves each operation", run_doctor
@@ -177,6 +188,21 @@ def _add_train(commands) -> None:
     command.add_argument("--quiet", action="store_true", help="no summary at the end")
 
 
+def _add_score(commands) -> None:
+    command = _command(commands, "score", "add log-probs to a file of samples", run_score, SCORE)
+    command.add_argument("samples", metavar="SAMPLES", help="JSONL or Parquet")
+    command.add_argument("--model", required=True, help="a local folder or a Hub name")
+    command.add_argument("--output", required=True, help="a new .jsonl file")
+    command.add_argument("--column", default="old_logps", help="default: %(default)s")
+    command.add_argument("--batch", type=int, default=8, help="rows at once (default: %(default)s)")
+    command.add_argument("--max-length", type=int, default=2048, help="default: %(default)s")
+    command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    command.add_argument("--skip-bad", action="store_true", help="leave bad rows out")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the model's own Python code"
+    )
+
+
 def _add_demo(commands) -> None:
     command = _command(
         commands,
@@ -241,6 +267,27 @@ def run_train(args) -> int:
         what = "model" if result.stopped_by is None else "checkpoint"
         print(f"{result.steps} steps\n{what:11}{result.model_dir}\nmetrics    {result.metrics}")
     return EXIT_OK if result.stopped_by is None else 128 + result.stopped_by
+
+
+def run_score(args) -> int:
+    from pathlib import Path
+
+    from pyoffline.config import ModelConfig
+    from pyoffline.score import ScoreSettings, run_score
+
+    if args.batch < 1:
+        raise UsageError(f"--batch: expected at least 1, got {args.batch}")
+    settings = ScoreSettings(
+        samples=Path(args.samples),
+        output=Path(args.output),
+        model=ModelConfig(args.model, args.dtype, trust_remote_code=args.trust_remote_code),
+        column=args.column,
+        batch=args.batch,
+        max_length=args.max_length,
+        skip_bad=args.skip_bad,
+    )
+    print(f"{run_score(settings)} rows with {args.column}\n{args.output}")
+    return EXIT_OK
 
 
 def run_demo(args) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pyoffline.config import ConfigError, RunConfig, build_objective
+from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
 from pyoffline.data import Needs, SampleSet, load_samples
 
 
@@ -34,35 +34,17 @@ def run_training(
     ConfigError, DataError: nothing was started. NonFiniteGradientError: stopped before the
     optimiser step.
     """
-    import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pyoffline.trainer_config import OfflineConfig
 
     transformers.utils.logging.disable_progress_bar()
     args = OfflineConfig(**(config.trainer | {"disable_tqdm": True}))
     start = _checkpoint(args.output_dir) if resume else None
-    model = config.model
-    options = {"trust_remote_code": model.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path {model.path}", [f"no tokenizer could be loaded: {error}"]
-        ) from None
+    tokenizer = load_tokenizer(config.model)
     train, evaluation, keep = load_data(config, tokenizer)
     transformers.set_seed(args.seed)
-    if model.attn_implementation:
-        options["attn_implementation"] = model.attn_implementation
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=getattr(torch, model.dtype), use_safetensors=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path {model.path}", [f"no model could be loaded: {error}"]
-        ) from None
+    lm = load_model(config.model)
     trainer, stop = build_trainer(config, args, lm, tokenizer, (train, evaluation, keep))
     if check_only:
         return None
@@ -71,6 +53,34 @@ def run_training(
     finally:
         stop.restore()
     return _finish(trainer, args, stop)
+
+
+def load_tokenizer(model: ModelConfig):
+    """The model's tokenizer; ConfigError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        problem = f"no tokenizer could be loaded: {error}"
+        raise ConfigError(f"model.path {model.path}", [problem]) from None
+
+
+def load_model(model: ModelConfig):
+    """The causal LM from safetensors; ConfigError where there is none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {"trust_remote_code": model.trust_remote_code, "use_safetensors": True}
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=getattr(torch, model.dtype), **options
+        )
+    except (OSError, ValueError) as error:
+        problem = f"no model could be loaded: {error}"
+        raise ConfigError(f"model.path {model.path}", [problem]) from None
 
 
 def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, frozenset[str]]:

@@ -1,6 +1,8 @@
 """The command line as a user meets it: help, errors all at once, exit codes, a run from a file."""
 
 import json
+import os
+import signal
 
 import pytest
 import yaml
@@ -39,6 +41,7 @@ def model(tmp_path_factory):
     )
     names = {"eos_token": "<eos>", "pad_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}:{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -166,7 +169,7 @@ def test_missing_file_exits_2(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "demo", "doctor", "explain"])
+@pytest.mark.parametrize("command", ["train", "score", "demo", "doctor", "explain"])
 def test_help_of_each_command(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
@@ -255,3 +258,49 @@ def test_an_unknown_option_exits_2(tmp_path):
         with pytest.raises(SystemExit) as caught:
             cli.main(argv)
         assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("kind", ["prompt", "text", "messages"])
+def test_score_then_train_starts_at_ratio_1(tmp_path, model, capsys, kind):
+    texts = ("2+2=4", "3+30=33 and more", "1")
+    made = {
+        "prompt": lambda t: {"prompt": "say ", "completion": t},
+        "text": lambda t: {"text": "so " + t},
+        "messages": lambda t: {"messages": [user, {"role": "assistant", "content": t}]},
+    }[kind]
+    user = {"role": "user", "content": "say"}
+    rows = [made(t) | {"reward": float(i), "group": 0} for i, t in enumerate(texts)]
+    (tmp_path / "raw.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scored = tmp_path / "s2.jsonl"
+    argv = ["score", str(tmp_path / "raw.jsonl"), "--model", str(model), "--output", str(scored)]
+    assert cli.main([*argv, "--batch", "2"]) == 0
+    assert "3 rows with old_logps" in capsys.readouterr().out
+    path = run_config(tmp_path, model)
+    assert cli.main(["train", str(path), f"data.train={scored}", "trainer.max_steps=1"]) == 0
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    first = next(r for r in map(json.loads, lines) if r["event"] == "train")
+    for name in ("ratio/min", "ratio/mean", "ratio/max"):
+        assert first[name] == pytest.approx(1.0, abs=1e-5)
+    assert cli.main(argv) == 2  # the output is there: nothing is overwritten
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(tmp_path, model, monkeypatch, number):
+    from pyoffline import callbacks
+
+    class Interrupting(callbacks.StopCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(callbacks, "StopCallback", Interrupting)
+    path = run_config(tmp_path, model)
+    before = signal.getsignal(number)
+    assert cli.main(["train", str(path), "trainer.save_steps=100"]) == 128 + number
+    assert signal.getsignal(number) is before
+    folder = tmp_path / "out" / "checkpoint-2"
+    assert (folder / "optimizer.safetensors").is_file()
+    monkeypatch.undo()
+    assert cli.main(["train", str(path), "--resume"]) == 0
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
