@@ -105,10 +105,11 @@ PYOFFLINE_HD inline LossCoef ppo_surrogate(float ratio, float adv, float clip_lo
   const float clipped = clamp(ratio, 1.0f - clip_low, 1.0f + clip_high);
   const bool take = adv > 0.0f ? capped <= clipped : capped >= clipped;
   float value = take ? capped : clipped;
+  const bool unclipped = value == ratio;
   const bool over = adv < 0.0f && value > dual_clip;
   if (over) value = dual_clip;
   if (ratio != ratio) value = ratio;
-  const bool live = take && ratio <= delta && !over && adv != 0.0f;
+  const bool live = unclipped && !over && adv != 0.0f;
   return {-product(value, adv), live ? -ratio * adv : 0.0f};
 }
 

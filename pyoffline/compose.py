@@ -89,7 +89,7 @@ def check_floats(obj: Objective, **bounds: tuple[float, float]) -> None:
     """Every float field is a number inside its (low, high); None stays None."""
     for f in fields(obj):
         value = getattr(obj, f.name)
-        if value is None or isinstance(value, str):
+        if value is None or (isinstance(value, str) and isinstance(f.default, str)):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{type(obj).__name__}({f.name}=...) expects a float, got {value!r}")

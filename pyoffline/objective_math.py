@@ -70,10 +70,11 @@ def ppo_surrogate(ratio, adv, clip_low, clip_high, dual_clip, delta):
     up = adv > 0
     take = ops.where(up, capped <= clipped, capped >= clipped)
     value = ops.where(take, capped, clipped)
+    unclipped = value == ratio
     over = (adv < 0) & (value > dual_clip)
     value = ops.where(over, dual_clip, value)
     value = ops.where(ratio == ratio, value, ratio)
-    live = take & (ratio <= delta) & (over == 0) & (adv != 0)
+    live = unclipped & (over == 0) & (adv != 0)
     return -product(value, adv), ops.where(live, -ratio * adv, 0.0)
 
 

@@ -43,17 +43,19 @@ def transform(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 
 def row_stats(z: Tensor, rows: Rows) -> tuple[RowScalars, RowOutputs, Tensor]:
     """Row scalars, the public statistics and log p [C, V]."""
-    m = z.amax(-1, keepdim=True)
+    m, top = z.max(-1, keepdim=True)
     shifted = z - m
-    d = shifted.exp().sum(-1, keepdim=True)
-    log_d = d.log()
+    # d - 1 is summed without the 1 of the largest logit and goes to log1p: a confident row keeps
+    # its 1 - p_y
+    terms = shifted.exp()
+    log_d = terms.scatter(-1, top, terms.gather(-1, top) - 1.0).sum(-1, keepdim=True).log1p()
     logp_all = shifted - log_d
     p = logp_all.exp()
     label = rows.labels[:, None]
     logp = (shifted.gather(-1, label) - log_d).clamp(max=0.0)[:, 0]
     entropy = (log_d - torch.where(p == 0, 0.0, p * shifted).sum(-1, keepdim=True))[:, 0]
     lse = (m + log_d)[:, 0]
-    u = torch.ones_like(z[0]) if rows.class_weight is None else rows.class_weight.to(z.dtype)
+    u = z.new_ones(z.shape[-1]) if rows.class_weight is None else rows.class_weight.to(z.dtype)
     gap = (u * (log_d - shifted)).mean(-1)
     log_sum_p2 = (2.0 * shifted).exp().sum(-1).log() - 2.0 * log_d[:, 0]
     is_top1 = (z.gather(-1, label) == m)[:, 0]
@@ -68,7 +70,7 @@ def row_gradient(logp_all: Tensor, scalars: RowScalars, rows: Rows, coefs: Coefs
     """
     p = logp_all.exp()
     a, b, c, e = (x[:, None] for x in (coefs.a, coefs.b, coefs.c, coefs.e))
-    u = torch.ones_like(p[0]) if rows.class_weight is None else rows.class_weight.to(p.dtype)
+    u = p.new_ones(p.shape[-1]) if rows.class_weight is None else rows.class_weight.to(p.dtype)
     bonus = torch.where(b == 0, 0.0, b * (logp_all + scalars.entropy[:, None]))
     rest = c + e * u.mean() - bonus
     flat = e * u / p.shape[-1]
