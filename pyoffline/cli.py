@@ -218,7 +218,7 @@ def _add_demo(commands) -> None:
         "--figure", default=None, help="where the PNG goes (default: demo.png in the folder)"
     )
     command.add_argument(
-        "--steps", type=int, default=40, help="optimiser steps of each run (default: %(default)s)"
+        "--steps", type=int, default=30, help="optimiser steps of each run (default: %(default)s)"
     )
     command.add_argument(
         "--batch", type=int, default=8, help="sequences a step (default: %(default)s)"

@@ -1,7 +1,8 @@
-"""`pyoffline score`: log-probs of a file's completions under a model, as a new column of a new file.
+"""`pyoffline score`: log-probs of a file's completions under a model, as a column of a new file.
 
-The rows come back with `prompt_ids` and `completion_ids`, so that training reads exactly the tokens that were scored. No
-logits are stored. Not here: reading and checking rows (data.py), the log-probs (logps.py).
+The rows come back with `prompt_ids` and `completion_ids`, so that training reads exactly the tokens
+that were scored. No logits are stored. Not here: reading and checking rows (data.py), the log-probs
+(logps.py).
 """
 
 import json
@@ -31,7 +32,7 @@ class ScoreSettings:
 
 
 def run_score(settings: ScoreSettings) -> int:
-    """Score a file; returns the number of rows written. ConfigError and DataError: nothing was written."""
+    """Score a file; returns the number of rows written. ConfigError, DataError: nothing was."""
     from pyoffline.training import load_model, load_tokenizer
 
     problems = []
@@ -57,7 +58,7 @@ def run_score(settings: ScoreSettings) -> int:
 
 
 def score_samples(model, samples: list[Sample], batch: int) -> list[list[float]]:
-    """log p of each completion token, in nats; longest samples first, so that memory shows at once."""
+    """log p of each completion token, in nats; longest samples first: memory shows at once."""
     import torch
 
     from pyoffline.collate import Collator

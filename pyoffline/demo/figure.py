@@ -4,12 +4,12 @@ Not here: any number that is not in the two runs' metrics.jsonl.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-STOCK, OURS, INK, GRID = "#9aa5b1", "#d1495b", "#1f2933", "#e4e7eb"
-EPS = 1e-12
+STOCK, OURS, INK, GRID = "#7a9cc6", "#d1495b", "#1f2933", "#e4e7eb"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def draw(stock: Run, ours: Run, subtitle: str, path: Path) -> None:
         _memory(fig.add_subplot(grid[0, 1]), stock, ours)
         _time(fig.add_subplot(grid[1, 1]), stock, ours)
         fig.text(0.028, 0.945, title(numbers), fontsize=17, weight="bold", va="center")
-        fig.text(0.028, 0.9, subtitle, fontsize=11, color="#52606d", va="center")
+        fig.text(0.028, 0.9, subtitle, fontsize=10.5, color="#52606d", va="center")
         path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path)
         plt.close(fig)
@@ -131,29 +131,39 @@ def _losses(axis, stock: Run, ours: Run) -> None:
     axis.set_ylabel("cross entropy (nats)")
     axis.legend(frameon=False, loc="upper right")
     axis.grid(axis="y", color=GRID)
-    axis.set_xlim(stock.steps[0], stock.steps[-1])
+    _step_axis(axis, stock)
+
+
+def fp32_step(value: float) -> float:
+    """The distance from `value` to the next fp32 number."""
+    return 2.0 ** (math.floor(math.log2(abs(value))) - 23) if value else 0.0
 
 
 def _difference(axis, stock: Run, ours: Run) -> None:
-    gaps = [abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)]
-    axis.semilogy(stock.steps, [max(g, EPS) for g in gaps], color=INK, lw=1.2, marker="o", ms=2.5)
-    floor = min((g for g in gaps if g > 0), default=1e-7)
-    axis.set_ylim(floor / 5, max(*gaps, 1e-7) * 20)
+    ulps = [fp32_step(x) if math.isfinite(x) else 0.0 for x in stock.losses]
+    gaps = [b - a for a, b in zip(stock.losses, ours.losses, strict=True)]
+    power = math.floor(math.log10(max(*map(abs, gaps), *ulps)))
+    ulps, gaps = ([x / 10.0**power for x in values] for values in (ulps, gaps))
+    low = [-u for u in ulps]
+    axis.fill_between(stock.steps, low, ulps, color=GRID, lw=0, label="± one fp32 step of the loss")
+    axis.plot(stock.steps, gaps, color=OURS, lw=1.2, marker="o", ms=4, label="pyoffline − stock")
+    top = 2.2 * max(*map(abs, gaps), *ulps)
+    axis.set_ylim(-top, top)
     axis.set_title("Their difference at each step")
-    axis.set_ylabel("|stock − pyoffline| (nats)")
+    axis.set_ylabel(f"difference ($10^{{{power}}}$ nats)")
     axis.set_xlabel("optimiser step")
-    axis.axhline(2**-23 * stock.losses[0], color=OURS, lw=1, ls=":")
-    axis.text(
-        stock.steps[-1],
-        2**-23 * stock.losses[0] * 1.2,
-        "one fp32 rounding of the loss ",
-        color=OURS,
-        fontsize=9,
-        ha="right",
-        va="bottom",
-    )
-    axis.grid(axis="y", color=GRID)
-    axis.set_xlim(stock.steps[0], stock.steps[-1])
+    axis.legend(frameon=False, loc="upper right", ncols=2, fontsize=10)
+    axis.grid(axis="y", color=GRID, lw=0.6)
+    axis.set_axisbelow(True)
+    _step_axis(axis, stock)
+
+
+def _step_axis(axis, run: Run) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlim(run.steps[0], run.steps[-1])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.margins(x=0.01)
 
 
 def _bars(axis, values: list[float], texts: list[str], top: float) -> None:
@@ -173,9 +183,6 @@ def _memory(axis, stock: Run, ours: Run) -> None:
     for y, run, colour in rows:
         axis.barh(y, run.base, color="#dfe3e8", height=0.55)
         axis.barh(y, run.peak - run.base, left=run.base, color=colour, height=0.55)
-        inside = {"ha": "center", "va": "center", "fontsize": 9}
-        if run.base > 0.15 * stock.peak:
-            axis.text(run.base / 2, y, "libraries,\nmodel", color="#52606d", **inside)
     _bars(
         axis,
         [r.peak for _, r, _ in rows],
@@ -183,7 +190,7 @@ def _memory(axis, stock: Run, ours: Run) -> None:
         max(stock.peak, ours.peak),
     )
     axis.set_title("Peak memory of the process")
-    axis.set_xlabel("MiB; coloured: what training steps add")
+    axis.set_xlabel("MiB (grey: before the first step)")
 
 
 def _time(axis, stock: Run, ours: Run) -> None:

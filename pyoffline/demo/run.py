@@ -27,7 +27,7 @@ class DemoSettings:
 
     output: Path = Path("demo-output")
     figure: Path | None = None  # None: demo.png in `output`
-    steps: int = 40
+    steps: int = 30
     batch: int = 8
     length: int = 512
     hidden: int = 256
@@ -92,7 +92,9 @@ def prepare_model(settings: DemoSettings) -> int:
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=settings.vocab,
@@ -159,9 +161,8 @@ def train(settings: DemoSettings, name: str, loss: str) -> None:
 def subtitle(settings: DemoSettings, n_parameters: int) -> str:
     tokens = settings.batch * settings.length
     return (
-        f"Llama with random weights, {n_parameters / 1e6:.1f} M parameters, vocabulary "
-        f"{settings.vocab:,}; {tokens:,} tokens a step of Python's standard library; CPU, fp32, "
-        "same seed and batches"
+        f"Llama, {n_parameters / 1e6:.1f} M random parameters, vocabulary {settings.vocab:,}; "
+        f"{tokens:,} tokens of Python source a step; CPU, fp32; same seed, same batches"
     )
 
 
