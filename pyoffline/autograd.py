@@ -6,6 +6,8 @@ log-probs recompute the logits in their backward, from the row coefficients that
 backward raises and names the op. Not here: the ops (`ops.py`).
 """
 
+import sys
+
 import torch
 from torch import Tensor
 from torch._C._functorch import (
@@ -19,7 +21,9 @@ from torch.autograd import forward_ad
 from pyoffline import ops
 from pyoffline.ops import DTYPES
 
-LINEAR_INPUTS = ("hidden", "weight", "bias", "adapter_hidden", "adapter_weight")
+# References to a formed gradient that nobody outside holds: the tuple of them, the argument of
+# `apply_upstream`, that of getrefcount. Who calls an op directly (opcheck) keeps its outputs.
+PRIVATE = 3
 
 
 def _eager(x: Tensor) -> bool:
@@ -41,7 +45,7 @@ def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
         return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
     factor = upstream.item()
     if factor != 1.0:
-        grad.mul_(factor)
+        grad = grad.mul_(factor) if sys.getrefcount(grad) <= PRIVATE else grad * factor
     return grad.to(dtype)
 
 
@@ -158,8 +162,7 @@ def _logits_backward(ctx, g_loss, *_):
     if formed is None:
         with torch.no_grad():
             formed = ops.logits_policy(*args)[7:]
-    dlogits, unscale = formed
-    live = [apply_upstream(dlogits, g_loss * unscale, args[0].dtype)]
+    live = [apply_upstream(formed[0], g_loss * formed[1], args[0].dtype)]
     grads[:1] = once(live, "logits_policy", args[:1])
     return tuple(grads)
 
