@@ -24,6 +24,9 @@ from pyoffline.ops import DTYPES
 # References to a formed gradient that nobody outside holds: the tuple of them, the argument of
 # `apply_upstream`, that of getrefcount. Who calls an op directly (opcheck) keeps its outputs.
 PRIVATE = 3
+_INSTEAD = "not implemented; use loss.backward() or torch.autograd.grad"
+FORWARD_AD = f"jvp and forward AD are {_INSTEAD}"
+FUNC_GRAD = f"torch.func.grad, vjp and hessian are {_INSTEAD}"
 
 
 def _eager(x: Tensor) -> bool:
@@ -74,12 +77,12 @@ def once(grads: list, name: str, inputs) -> list:
 
 
 def _transform_of(x: Tensor) -> str | None:
-    """The derivative that torch.func or forward AD would take through this tensor, if any."""
+    """Why the derivative that torch.func or forward AD takes through this tensor is refused."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        return "jvp and forward AD"
+        return FORWARD_AD
     while is_functorch_wrapped_tensor(x):
         if is_gradtrackingtensor(x) and x.requires_grad:
-            return "torch.func.grad, vjp and hessian"
+            return FUNC_GRAD
         x = get_unwrapped(x)
     return None
 
@@ -88,16 +91,14 @@ def apply(op, *args):
     """`op(*args)`, refusing derivatives that torch would drop in silence (forward AD gives tangent
     0 for a custom op) or refuse without a name (torch.func.grad).
     """
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:  # torch.func.grad fails by itself there
+            raise RuntimeError(f"{op._qualname}: {FORWARD_AD}")
+    elif forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         for x in args:
-            transform = _transform_of(x) if isinstance(x, Tensor) else None
-            if transform:
-                raise RuntimeError(
-                    f"{op._qualname}: {transform} are not implemented; use loss.backward() or "
-                    "torch.autograd.grad"
-                )
+            reason = _transform_of(x) if isinstance(x, Tensor) else None
+            if reason:
+                raise RuntimeError(f"{op._qualname}: {reason}")
     return op(*args)
 
 

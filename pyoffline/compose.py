@@ -43,7 +43,7 @@ class Objective:
     def __mul__(self, factor):
         if isinstance(factor, bool) or not isinstance(factor, int | float):
             return NotImplemented
-        if not math.isfinite(factor):
+        if not abs(factor) < math.inf:
             raise ValueError(f"an objective can be scaled by a finite float only, got {factor}")
         return _Scaled(self, float(factor))
 
@@ -94,7 +94,7 @@ def check_floats(obj: Objective, **bounds: tuple[float, float]) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{type(obj).__name__}({f.name}=...) expects a float, got {value!r}")
         low, high = bounds.get(f.name, (-math.inf, math.inf))
-        if not low <= value <= high or math.isnan(value):
+        if not low <= value <= high:  # false for NaN too
             raise ValueError(
                 f"{type(obj).__name__}({f.name}={value}) is outside [{low:g}, {high:g}]"
             )

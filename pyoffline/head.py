@@ -199,5 +199,5 @@ def check_number(name: str, value: Any, expected: str, remedy: str) -> None:
             f"{value!r}; {remedy}"
         )
     fits = value != 0 if name == "logit_scale" else value > 0
-    if not (math.isfinite(value) and fits):
+    if not (abs(value) < math.inf and fits):
         raise ValueError(f"Head({name}): expected {expected}, finite, got {value!r}; {remedy}")
