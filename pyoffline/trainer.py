@@ -188,7 +188,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
     def log(self, logs, start_time=None):
         """transformers' log with the metrics of the objective since the last one."""
         if "loss" in logs:
-            logs |= self._meter.drain()
+            logs |= self._meter.drain(self.accelerator.gather)
         super().log(logs, start_time)
 
     # Evaluation
@@ -201,10 +201,8 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         ignore_keys=None,
         metric_key_prefix="eval",
     ):
-        """Evaluation as one accumulated step: the loss over the whole set, whatever the batch size.
-        No logits.
-
-        With several ranks, rows that the sampler repeats to make ranks even count twice.
+        """Evaluation as one accumulated step: the loss over the whole set, whatever the batch size
+        and the number of ranks. No logits.
         """
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:
@@ -212,6 +210,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         batches = list(dataloader)
+        self._drop_repeated_rows(batches, dataloader)
         self._add_weights(batches)
         meter, total = Meter(), torch.zeros((), dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
@@ -224,10 +223,22 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
                     self.args, self.state, self.control
                 )
         loss = self.accelerator.reduce(total, "mean").item()
-        metrics = {
-            f"{metric_key_prefix}_{k}": v for k, v in ({"loss": loss} | meter.drain()).items()
-        }
+        named = {"loss": loss} | meter.drain(self.accelerator.gather)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def _drop_repeated_rows(self, batches: list[dict], dataloader) -> None:
+        """Takes the labels from rows that accelerate repeats in the last batch to make ranks even."""
+        remainder = getattr(dataloader, "remainder", -1)
+        if remainder <= 0 or not batches:
+            return
+        last = batches[-1]
+        labels = last["labels"] = last["labels"].clone()
+        ids = last.get("sequence_ids")
+        rows = len(labels) if ids is None else int(ids.max()) + 1
+        own = remainder - self.accelerator.process_index * rows
+        index = torch.arange(rows, device=labels.device)[:, None] if ids is None else ids
+        labels.masked_fill_((index >= own).expand(labels.shape), -100)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None): there are no logits to give."""
@@ -256,14 +267,24 @@ class Meter:
             self.values[name] = self.values.get(name, 0.0) + (value if total else value * tokens)
             if total:
                 continue
-            self.tokens[name] = self.tokens.get(name, 0) + tokens
+            self.tokens[name] = self.tokens.get(name, 0) + tokens.double()
 
-    def drain(self) -> dict[str, float]:
-        """name -> float since the last call; one host sync a metric."""
-        out = {
-            name: float(value / self.tokens[name].clamp(min=1) if name in self.tokens else value)
-            for name, value in self.values.items()
-        }
+    def drain(self, gather) -> dict[str, float]:
+        """name -> float since the last call, over all ranks; `gather` concatenates along dim 0."""
+        if not self.values:
+            return {}
+        one = torch.ones((), dtype=torch.float64)
+        pairs = [torch.stack([v, self.tokens.get(n, one.to(v))]) for n, v in self.values.items()]
+        ranks = gather(torch.stack(pairs)[None]).double().cpu()  # [ranks, metrics, 2]
+        out = {}
+        for i, name in enumerate(self.values):
+            value, tokens = ranks[:, i].unbind(-1)
+            if name in self.tokens:
+                out[name] = float(value.sum() / tokens.sum().clamp(min=1))
+            elif name.startswith("num_"):
+                out[name] = float(value.sum())
+            else:
+                out[name] = float(value.amax() if name.endswith("max") else value.amin())
         self.__init__()
         return out
 

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +359,47 @@ def test_weights_over_ranks_add_up_after_the_host_averages(ranks):
 def test_options_that_would_do_nothing_raise(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):
         OfflineConfig(output_dir=str(tmp_path), **options)
+
+
+def ranks_run(folder, batch, accumulation):
+    """A training and evaluation at 8 rows a step, however they are split; rank 0 writes it down."""
+    trainer, _ = make_trainer(
+        folder,
+        samples(16),
+        PPO,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
+    )
+    trainer.train()
+    result = trainer.evaluate()  # 16 rows, 3 a batch: some are repeated to make ranks even
+    result["loss"] = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+    result["parameters"] = [p.tolist() for p in trainer.model.parameters()]
+    if trainer.is_world_process_zero():
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    ranks_run(one, 8, 1)
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, __file__, str(two)]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
+    for x, y in zip(a["parameters"], b["parameters"], strict=True):
+        torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=1e-12, atol=1e-12)
+    assert b["eval_loss"] == pytest.approx(a["eval_loss"], rel=1e-12)
+    for name in ("eval_num_tokens", "eval_entropy", "eval_ratio/max", "eval_kl"):
+        assert b[name] == pytest.approx(a[name], rel=1e-12), name
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-6, abs=1e-7)
+
+
+if __name__ == "__main__":  # a rank of test_two_ranks_equal_one_process
+    ranks_run(sys.argv[1], 2, 2)
