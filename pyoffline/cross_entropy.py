@@ -51,7 +51,7 @@ def _targets(target: Tensor, shape, device, classes: int) -> Tensor:
             f"got {tuple(target.shape)}"
         )
     checks.same_device("target", target, device)
-    return target.reshape(-1).long()
+    return target.reshape(-1).long().contiguous()
 
 
 def _class_weight(weight, classes: int, device, dtype) -> Tensor | None:
@@ -61,7 +61,7 @@ def _class_weight(weight, classes: int, device, dtype) -> Tensor | None:
     if tuple(weight.shape) != (classes,):
         raise ValueError(f"weight: expected shape ({classes},), got {tuple(weight.shape)}")
     checks.same_device("weight", weight, device)
-    return weight.detach().to(dtype)
+    return weight.detach().to(dtype).contiguous()
 
 
 def _reduction(reduction, size_average, reduce) -> str:

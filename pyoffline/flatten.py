@@ -97,7 +97,7 @@ def flatten_head(hidden: Tensor, head: HeadTensors) -> FlatHead:
     checks.same_dtype(hidden, weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     adapter_hidden, adapter_weight = _adapter(head, flat)
-    bias = None if head.bias is None else head.bias.to(stats_dtype(flat.dtype))
+    bias = None if head.bias is None else head.bias.to(stats_dtype(flat.dtype)).contiguous()
     parts = (flat, weight, bias, adapter_hidden, adapter_weight)
     needs = 0
     if torch.is_grad_enabled():
@@ -117,7 +117,7 @@ def vector(name: str, x, shape, device, dtype: torch.dtype) -> Tensor | None:
     checks.same_device(name, x, device)
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected the labels' shape {tuple(shape)}, got {tuple(x.shape)}")
-    return x.detach().to(dtype).reshape(-1)
+    return x.detach().to(dtype).reshape(-1).contiguous()
 
 
 def _advantages(tokens: TokenBatch, shape, device, dtype) -> Tensor | None:
@@ -189,7 +189,7 @@ def flatten_tokens(
     tokens: TokenBatch, shape, device, dtype: torch.dtype, program: Program
 ) -> FlatTokens:
     """Check and flatten a TokenBatch against the shape of hidden[..., 0] or logits[..., 0]."""
-    labels = checks.labels(tokens.labels, shape, device).reshape(-1)
+    labels = checks.labels(tokens.labels, shape, device).reshape(-1).contiguous()
     _sequence_ids(tokens, shape, device)
 
     def flat(field):

@@ -37,7 +37,7 @@ def linear_token_logps(
         )
     x = flatten_head(hidden, head.tensors())
     shape, device = hidden.shape[:-1], hidden.device
-    flat = checks.labels(labels, shape, device).reshape(-1)
+    flat = checks.labels(labels, shape, device).reshape(-1).contiguous()
     stats = autograd.apply(
         autograd.linear_logps,
         *x.linear,
@@ -66,7 +66,7 @@ def token_logps(
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")
     shape, device = logits.shape[:-1], logits.device
-    flat = checks.labels(labels, shape, device).reshape(-1)
+    flat = checks.labels(labels, shape, device).reshape(-1).contiguous()
     if isinstance(temperature, int | float):
         temperature = torch.full(shape, float(temperature), device=device)
     stats = autograd.apply(

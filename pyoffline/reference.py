@@ -6,6 +6,8 @@ rounded to `logits_dtype` as F.linear rounds them, everything after that is fp32
 inputs), and each gradient is rounded once.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,6 +165,13 @@ class ReferenceKernels:
 
 def linear(call: LinearCall) -> LinearResult:
     """Fused linear call on the reference backend."""
+    # torch's GEMMs round differently for transposed operands
+    contiguous = {
+        name: getattr(call, name).contiguous()
+        for name in ("hidden", "weight", "adapter_hidden", "adapter_weight")
+        if getattr(call, name) is not None
+    }
+    call = dataclasses.replace(call, **contiguous)
     return run_linear(ReferenceKernels(call.hidden.device.type), call)
 
 
