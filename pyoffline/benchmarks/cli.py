@@ -104,11 +104,12 @@ def measure(args) -> list[dict]:
     for name in names:
         for shape in shapes:
             for dtype in args.dtype:
+                origin = provenance()  # before: the load average is then not our own
                 if name == ops.ROW_PASS:
                     found = row_pass.run(shape, dtype, settings)
                 else:
                     found = run_case(ops.CASES[name], shape, dtype, settings)
-                records.append({**provenance(), **found})
+                records.append({**origin, **found})
                 print(report.render(records[-1]), flush=True)
                 keep(args, records)
     return records

@@ -10,6 +10,7 @@ from pathlib import Path
 from pyoffline.benchmarks.shapes import MIB
 
 SCHEMA = 1
+NOISY = 1.15  # longest over shortest round of the floor
 TIME_COLUMNS = (
     "variant",
     "chunks",
@@ -164,6 +165,11 @@ def _floor(record: dict) -> list[str]:
     for gemm, found in record.get("floor", {}).items():
         others = ", ".join(f"{k} {v:.0f}" for k, v in found["gflop_s"].items())
         lines.append(f"floor {gemm:<8} {found['chosen']}  (GFLOP/s: {others})")
+    base = next((v for v in record.get("variants", []) if v["name"] == "floor"), None)
+    if base:
+        low, high = min(base["seconds"]), max(base["seconds"])
+        noise = "  (NOISY: measure again on a quiet machine)" if high > NOISY * low else ""
+        lines.append(f"floor rounds  {low:.3f}..{high:.3f} s{noise}")
     return lines
 
 
