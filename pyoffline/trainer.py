@@ -228,7 +228,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
     def _drop_repeated_rows(self, batches: list[dict], dataloader) -> None:
-        """Takes the labels from rows that accelerate repeats in the last batch to make ranks even."""
+        """Takes the labels from rows that accelerate repeats at the end to make ranks even."""
         remainder = getattr(dataloader, "remainder", -1)
         if remainder <= 0 or not batches:
             return
