@@ -6,6 +6,7 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <atomic>
@@ -97,22 +98,28 @@ std::string missing_reason(const Symbols& found) {
   return "the loaded torch does not export" + names;
 }
 
-// In a forked child MKL's thread pool is a copy without threads: one thread, for the length of one
-// call.
+// In a forked child the thread pool is a copy without threads: one thread, for the length of one
+// call. Both settings are needed: the bf16 and fp16 products ask OpenMP, sgemm asks MKL.
 class SerialInFork {
  public:
-  explicit SerialInFork(SetThreads set) : set_(in_forked_child() ? set : nullptr) {
-    if (set_) previous_ = set_(1);
+  explicit SerialInFork(SetThreads set_mkl) : forked_(in_forked_child()), set_mkl_(set_mkl) {
+    if (!forked_) return;
+    if (set_mkl_) mkl_threads_ = set_mkl_(1);
+    omp_threads_ = omp_get_max_threads();
+    omp_set_num_threads(1);
   }
   ~SerialInFork() {
-    if (set_) set_(previous_);
+    if (!forked_) return;
+    if (set_mkl_) set_mkl_(mkl_threads_);
+    omp_set_num_threads(omp_threads_);
   }
   SerialInFork(const SerialInFork&) = delete;
   SerialInFork& operator=(const SerialInFork&) = delete;
 
  private:
-  SetThreads set_;
-  int previous_ = 0;
+  bool forked_;
+  SetThreads set_mkl_;
+  int mkl_threads_ = 0, omp_threads_ = 1;
 };
 
 int narrow(int64_t value, const char* what) {
