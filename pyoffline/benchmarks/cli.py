@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[DEFAULT_SHAPE],
         metavar="N,D,V",
-        help="default %(default)s; all: every shape that has a bar",
+        help=f"default {DEFAULT_SHAPE}; all: every shape that has a bar",
     )
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=("bf16", "fp32"))
     parser.add_argument(
