@@ -116,6 +116,8 @@ def cross_entropy(
     last = input.movedim(1, -1) if input.dim() > 2 else input
     classes, shape = last.shape[-1], last.shape[:-1]
     if softcap is not None:
+        if not 0.0 < softcap < float("inf"):
+            raise ValueError(f"softcap: expected None or a finite float > 0, got {softcap}")
         last = softcap * torch.tanh(last / softcap)
     labels = _targets(target, shape, input.device, classes)
     dtype = stats_dtype(input.dtype)
