@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -35,18 +36,20 @@ class JsonlCallback(TrainerCallback):
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.seconds: list[float] = []
+        self.seconds: list[tuple[float, float]] = []  # wall and processor time of each step
 
     def on_train_begin(self, args, state, control, **kwargs):
         now, peak = memory_mib()
         event = {"event": "train_begin", "step": state.global_step, "max_steps": state.max_steps}
+        event["threads"] = torch.get_num_threads()
         self._write(args, event | {"rss_mib": now, "peak_rss_mib": peak})
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+        wall, processor = self.start
+        self.seconds.append((time.perf_counter() - wall, time.process_time() - processor))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         now, peak = memory_mib()
@@ -65,7 +68,8 @@ class JsonlCallback(TrainerCallback):
             "peak_rss_mib": peak,
         }
         if event == "train" and self.seconds:
-            row["step_time_s"] = sum(self.seconds) / len(self.seconds)
+            wall, processor = (sum(x) / len(self.seconds) for x in zip(*self.seconds, strict=True))
+            row |= {"step_time_s": wall, "step_cpu_s": processor}
             self.seconds = []
         self._write(args, row)
 

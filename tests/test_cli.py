@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from pyoffline import cli  # noqa: E402
 from pyoffline.config import ConfigError, build_objective, load_config  # noqa: E402
+from pyoffline.trainer_config import OfflineConfig  # noqa: E402
 
 GOOD = {
     "model": "some/model",
@@ -304,3 +305,17 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(tmp_path, model, mon
     monkeypatch.undo()
     assert cli.main(["train", str(path), "--resume"]) == 0
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"aggregation": "token-maen"}, "aggregation"),
+        ({"label_smoothing_factor": 0.1}, "NLL"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"memory_budget_mib": 0}, "memory_budget_mib"),
+    ],
+)
+def test_options_that_would_do_nothing_raise(tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        OfflineConfig(output_dir=str(tmp_path), **options)

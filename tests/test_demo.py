@@ -38,7 +38,7 @@ def test_the_whole_demo_at_a_small_size(tmp_path, capfd):
 
 
 def run(loss, seconds, peak):
-    return figure.Run([3.0, loss], [1, 2], seconds, 500.0, peak)
+    return figure.Run([3.0, loss], [1, 2], seconds, 0.9 * seconds, 500.0, peak)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,12 @@ def test_the_title_says_what_was_measured(ours, expected):
     title = figure.title(figure.summary(run(2.0, 2.0, 1500.0), ours))
     for part in expected:
         assert part in title, title
+
+
+def test_a_busy_machine_is_not_a_speedup():
+    slow = figure.Run([3.0, 2.0], [1, 2], 20.0, 2.0, 500.0, 1500.0)
+    fast = figure.Run([3.0, 2.0], [1, 2], 5.0, 2.0, 500.0, 750.0)
+    assert "1.00× faster (processor time)" in figure.title(figure.summary(slow, fast))
 
 
 def test_the_corpus_is_the_standard_library_and_repeats():

@@ -347,20 +347,6 @@ def test_weights_over_ranks_add_up_after_the_host_averages(ranks):
     assert sum(w.sum() for w in whole).item() == pytest.approx(1.0, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"aggregation": "token-maen"}, "aggregation"),
-        ({"label_smoothing_factor": 0.1}, "NLL"),
-        ({"torch_compile": True}, "torch_compile"),
-        ({"memory_budget_mib": 0}, "memory_budget_mib"),
-    ],
-)
-def test_options_that_would_do_nothing_raise(tmp_path, options, match):
-    with pytest.raises(ValueError, match=match):
-        OfflineConfig(output_dir=str(tmp_path), **options)
-
-
 def ranks_run(folder, batch, accumulation):
     """A training and evaluation at 8 rows a step, however they are split; rank 0 writes it down."""
     trainer, _ = make_trainer(

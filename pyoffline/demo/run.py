@@ -176,6 +176,12 @@ def _say(numbers: dict, settings: DemoSettings, path: Path, report: Path, second
             numbers["step_time_pyoffline_s"],
             ".2f",
         ),
+        (
+            "  processor time / threads",
+            numbers["step_cpu_stock_s"],
+            numbers["step_cpu_pyoffline_s"],
+            ".2f",
+        ),
         ("peak memory (MiB)", numbers["peak_stock_mib"], numbers["peak_pyoffline_mib"], ",.0f"),
         (
             "  of which added by steps",
@@ -188,6 +194,11 @@ def _say(numbers: dict, settings: DemoSettings, path: Path, report: Path, second
     for label, stock, ours, form in rows:
         second = "" if ours is None else format(ours, form)
         print(f"{label:28}{format(stock, form):>14}{second:>14}")
+    if numbers["busy"]:
+        print(
+            "other programs were busy on this machine: wall clocks say little, so the figure shows"
+        )
+        print("processor time over threads")
     print(f"largest difference of the two losses at one step: {numbers['max_difference']:.1e}\n")
     print(figure.title(numbers))
     print(f"figure       {path}\nnumbers      {report}")
