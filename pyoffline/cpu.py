@@ -2,8 +2,7 @@
 
 bf16 and fp16 products go to MKL's `gemm_*f32` where libtorch carries it (fp32 accumulation with
 beta = 1, which torch's own API lacks), fp32 products to torch. Where the symbol is absent, panels
-of the weight are widened to fp32 and multiplied there (`panel_gemm.py`). Large buffers ask for
-huge pages. Not here: the chunk loop.
+of the weight are widened to fp32 and multiplied there (`panel_gemm.py`). Not here: the chunk loop.
 """
 
 import dataclasses
@@ -15,8 +14,6 @@ from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, 
 from pyoffline.chunk_loop import WeightGrad, check_labels, power_of_two_scale, run_linear
 from pyoffline.objectives import TABLE
 from pyoffline.program import CUSTOM_CODE, RowScalars, evaluate
-
-HUGE = 8 << 20  # bytes from which a buffer is worth huge pages: a page fault costs 0.5 us per 4 KiB
 
 _table = {name: row.code for name, row in TABLE.items()}
 if _C.codes() != _table:
@@ -106,10 +103,7 @@ class CpuKernels:
     device = "cpu"
 
     def empty(self, shape, dtype, device):
-        x = torch.empty(shape, dtype=dtype, device=device)
-        if x.numel() * x.element_size() >= HUGE:
-            _C.advise_hugepages(x)
-        return x
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def buffer(self, rows, vocab, dtype, device):
         return self.empty((rows, vocab), dtype, device)
