@@ -58,7 +58,7 @@ def test_the_title_says_what_was_measured(ours, expected):
 def test_a_busy_machine_is_not_a_speedup():
     slow = figure.Run([3.0, 2.0], [1, 2], 20.0, 2.0, 500.0, 1500.0)
     fast = figure.Run([3.0, 2.0], [1, 2], 5.0, 2.0, 500.0, 750.0)
-    assert "1.00× faster (processor time)" in figure.title(figure.summary(slow, fast))
+    assert "1.00× faster (CPU time)" in figure.title(figure.summary(slow, fast))
 
 
 def test_the_corpus_is_the_standard_library_and_repeats():

@@ -109,7 +109,7 @@ def draw(stock: Run, ours: Run, subtitle: str, path: Path) -> None:
         _difference(fig.add_subplot(grid[1, 0]), stock, ours)
         _memory(fig.add_subplot(grid[0, 1]), stock, ours)
         _time(fig.add_subplot(grid[1, 1]), stock, ours)
-        fig.text(0.028, 0.945, title(numbers), fontsize=17, weight="bold", va="center")
+        fig.text(0.028, 0.945, title(numbers), fontsize=16, weight="bold", va="center")
         fig.text(0.028, 0.9, subtitle, fontsize=10.5, color="#52606d", va="center")
         path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path)
@@ -132,7 +132,7 @@ def title(numbers: dict[str, float]) -> str:
         else f"{1 / ratio:.1f}× more memory for a step"
     )
     time = f"{speed:.2f}× faster" if speed >= 1 else f"{1 / speed:.2f}× slower"
-    return f"{curve}, {memory}, {time}{' (processor time)' if noisy else ''}"
+    return f"{curve}, {memory}, {time}{' (CPU time)' if noisy else ''}"
 
 
 def _losses(axis, stock: Run, ours: Run) -> None:
@@ -214,5 +214,5 @@ def _time(axis, stock: Run, ours: Run) -> None:
         axis.barh(y, value, color=colour, height=0.55)
     _bars(axis, values, [f"{v:.2f} s" for v in values], max(values))
     axis.set_title("Time of one optimiser step")
-    unit = "processor seconds over threads (busy machine)" if noisy else "seconds"
+    unit = "CPU s / threads, busy machine" if noisy else "seconds"
     axis.set_xlabel(f"{unit}, median")
