@@ -23,3 +23,12 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter):
     if not HAS_GPU:
         terminalreporter.write_line(f"not run: {len(_not_run)} gpu tests (no GPU)")
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny shapes on one thread: on a busy machine a barrier costs more than the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

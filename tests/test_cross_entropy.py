@@ -11,6 +11,7 @@ from batches import BACKENDS, DTYPES, dtype_name
 
 import pyoffline as po
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 C = 23
 
 

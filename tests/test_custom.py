@@ -11,6 +11,7 @@ import pyoffline as po
 from pyoffline.objectives import REGISTRY, from_name
 from pyoffline.token_objectives import DFT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GRADS = ("dhidden", "dweight", "dbias")
 
 

@@ -12,6 +12,7 @@ from batches import BACKENDS, DTYPES, HALVES, dtype_name
 
 import pyoffline as po
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARIES = (1, 2, 31, 32, 33, 1000, 32000, 50257, 129920, 151936, 262147)
 MIXED = po.PPOClip(0.1, 0.2) + 0.1 * po.KL("k3") - 0.05 * po.Entropy()
 

@@ -10,6 +10,7 @@ from batches import BACKENDS, DTYPES, dtype_name
 
 import pyoffline as po
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN, INF = math.nan, math.inf
 # the band is wide, so that no token is clipped: a clipped gradient is 0 whatever the advantage
 OBJECTIVE = po.DecoupledPPO(1.0, 50.0) + 0.1 * po.KL("k3") - 0.05 * po.Entropy() + po.NLL(0.1, 1e-3)

@@ -14,6 +14,7 @@ from batches import BACKENDS, DTYPES, dtype_name, needs_cpu
 import pyoffline as po
 from pyoffline.token_objectives import ImportanceSampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OBJECTIVE = po.DecoupledPPO() + 0.1 * po.KL("k3") - 0.05 * po.Entropy() + po.NLL(0.1, 1e-3)
 READS = ("old", "mu", "ref", "adv")
 GRADS = ("dhidden", "dweight", "dbias")
@@ -316,9 +317,8 @@ def test_N13_rows_past_2_to_the_31_and_32_elements(backend, linear_rows, tmp_pat
     for name in batches.STATS:
         compare.same_bits(name, getattr(got, name)[rows], getattr(want, name))
     compare.same_bits("logps", loss.stats.logps[rows], want.logps)
-    # backward: the same far rows as a strided view, whose gradient has the size of five rows
-    step = (n - 1) // 4
-    view = z[::step][:5] if step * 4 == n - 1 else z[n - 6 :: 3][:2]
+    # backward: the first and the last row as a view, whose gradient has the size of two rows
+    view = z[:: n - 1]
     y = torch.arange(view.shape[0])
     far = batches.run_logits(view, batches.row_batch(y), po.NLL(), backend)
     near = batches.run_logits(view.clone(), batches.row_batch(y), po.NLL(), backend)

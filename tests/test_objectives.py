@@ -18,6 +18,7 @@ from pyoffline.objectives import REGISTRY, ROW_INPUTS, TABLE, from_name, snake_c
 from pyoffline.program import RowScalars, evaluate
 from pyoffline.token_objectives import DFT, ImportanceSampling, Luffy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = {
     "nll": po.NLL(),
     "nll_smoothing_z": po.NLL(label_smoothing=0.1, z_loss=1e-2),

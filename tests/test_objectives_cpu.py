@@ -11,7 +11,7 @@ from test_objectives import ADVANTAGES, CASES, LOG_RATIOS
 from pyoffline.objectives import TABLE
 from pyoffline.program import RowScalars, evaluate
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 NAN, INF = math.nan, math.inf
 NAMES = ("old", "mu", "ref", "adv", "g")
 
@@ -53,7 +53,7 @@ def grid(objective):
     """Log-ratios x advantages, at a likely and at an unlikely label; ties at ratio 1 and A = 0."""
     points = [(p, r, a) for p in (-0.3, -40.0) for r in LOG_RATIOS for a in ADVANTAGES]
     # both sides of, and at, the usual clip borders
-    points += [(-0.3, math.log(x), a) for x in (0.8, 1.2, 1.28, 2.0, 0.5) for a in (-1.0, 1.0)]
+    points += [(-0.3, math.log(x), a) for x in (0.8, 1.2, 1.28, 1.5, 2.0, 0.5) for a in (-1.0, 1.0)]
     logp, ratio, adv = (torch.tensor(x, dtype=torch.float32) for x in zip(*points, strict=True))
     vectors = dict.fromkeys(("old", "mu", "ref"), logp - ratio) | {"adv": adv, "g": adv}
     return two_tokens(logp), vectors

@@ -11,6 +11,7 @@ from test_objectives import CASES
 
 import pyoffline as po
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 READS = ("old", "mu", "ref", "adv")
 GRADS = ("dhidden", "dweight", "dbias")
 # fp64 rounding of a few hundred terms
