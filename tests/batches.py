@@ -49,7 +49,8 @@ def make(n=37, d=48, v=301, dtype=torch.float32, seed=0, reads=(), **options) ->
         far = torch.rand(n, generator=g) < 0.5
         moved = 0.04 * torch.rand(n, generator=g) + far * (0.6 + torch.rand(n, generator=g))
         moved = moved * torch.where(torch.rand(n, generator=g) < 0.5, -1.0, 1.0)
-        batch[name] = (truth + moved).float().clamp(max=-1e-3) if name in reads else None
+        moved = torch.where(truth + moved > -1e-3, -moved.abs(), moved)
+        batch[name] = (truth + moved).float() if name in reads else None
     batch["adv"] = randn(n) if "adv" in reads else None
     batch["extra"] = {name: randn(n) for name in options.get("extra", ())}
     return batch
