@@ -197,13 +197,9 @@ def test_N1_fp32_logits_are_better_than_the_half_reference(backend, dtype):
         compare.check_gradient(name, got[name], truth[name], half[name])
 
 
-# half inputs carry the promise; with fp32 inputs one blocked GEMM is the base, and rank-1 updates
-# in the same fp32 are held to the bar of N1
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "dtype, factor", [(torch.float32, 3.0), (torch.bfloat16, 1.5), (torch.float16, 1.5)]
-)
-def test_N8_dweight_error_does_not_grow_with_the_number_of_chunks(backend, dtype, factor):
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_N8_dweight_error_does_not_grow_with_the_number_of_chunks(backend, dtype):
     n = 1024
     batch = batches.make(n, 8, 16, dtype, ignored=False, bias=True)
     batch["weights"] = torch.full((n,), 1.0)
@@ -214,7 +210,7 @@ def test_N8_dweight_error_does_not_grow_with_the_number_of_chunks(backend, dtype
             got = batches.run(batch, po.NLL(), backend)["dweight"]
         floor = compare.EPS32 * compare.max_and_rms(truth)[1]
         errors[chunks] = compare.max_and_rms(got.double() - truth)[1] + floor
-    assert all(e < factor * errors[1] for e in errors.values()), errors
+    assert all(e < 1.5 * errors[1] for e in errors.values()), errors
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
