@@ -153,12 +153,13 @@ def extension():
 def packages():
     """Those of PACKAGES that this checkout has."""
     folders = {name: ROOT / PACKAGE_DIR.get(name, name.replace(".", "/")) for name in PACKAGES}
-    return [name for name, folder in folders.items() if any(folder.glob("*.py"))]
+    return [name for name, folder in folders.items() if any(folder.glob("*.*"))]
 
 
 setup(
     packages=packages(),
     package_dir=PACKAGE_DIR,
+    package_data={"pyoffline.kernels": ["README.md"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExt},
 )

@@ -21,11 +21,10 @@ SHAPES = [
     (17, 1, 129, "inner size 1"),
     (1, 64, 1000, "one row"),
     (64, 33, 1, "one column"),
-    (9, 31, 511, "one below a dweight panel"),
-    (9, 31, 513, "one above it"),
-    (5, 24, 4095, "one below a logits panel"),
-    (5, 24, 4097, "one above it"),
-    (3, 8, 16385, "one above a dhidden panel"),
+    (5, 24, 1023, "one below a panel"),
+    (5, 24, 1025, "one above it"),
+    (9, 31, 2047, "one below a wider panel"),
+    (9, 31, 2049, "one above that"),
     (200, 96, 5000, "several panels"),
 ]
 
