@@ -9,6 +9,22 @@ from pyoffline.chunk_loop import grad_dtype
 from pyoffline.plan import MIB, current_settings, plan_chunks
 
 PER_ROW_BYTES = 64  # row scalars, labels and their compacted copies
+# What MKL keeps inside after a product, measured at C = 256 and 1024, D = 256 and 1024 (2026-11-21).
+# Half precision: fp32 copies of a panel's operands, beside the panel of fp32 logits itself
+# (csrc/cpu/gemm.cpp). fp32: packing blocks of a thread, whatever V (less for C below 100).
+PANEL = 2048
+SGEMM_NBYTES, SGEMM_NBYTES_PER_COLUMN = 9 * MIB, 5 * 1024
+
+
+def _gemm_nbytes(rows: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
+    """(scratch of one product, what the vendor library keeps)."""
+    part = rows * hidden * stats_dtype(dtype).itemsize  # dhidden of a chunk before its cast
+    if device != "cpu" or dtype == torch.float64:
+        return part, 0
+    if dtype == torch.float32:
+        block = SGEMM_NBYTES + SGEMM_NBYTES_PER_COLUMN * hidden
+        return part, torch.get_num_threads() * block
+    return max(part, rows * PANEL * 4), 8 * PANEL * (rows + hidden)
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,7 @@ class Explanation:
     chunks: int
     chunk_nbytes: int
     accumulator_nbytes: int
+    gemm_nbytes: int
     extra_nbytes: int
     gradient_nbytes: int
     full_logits_nbytes: int
@@ -41,7 +58,8 @@ class Explanation:
                 f"{mib['chunk_nbytes']:.0f} MiB of logits at a time "
                 f"(all of them would be {mib['full_logits_nbytes']:.0f} MiB)",
                 f"  extra memory  {mib['extra_nbytes']:.0f} MiB at the peak, of which "
-                f"{mib['accumulator_nbytes']:.0f} MiB fp32 accumulator of dweight",
+                f"{mib['accumulator_nbytes']:.0f} MiB fp32 accumulator of dweight "
+                f"and {mib['gemm_nbytes']:.0f} MiB inside the GEMMs",
                 f"  gradients     {mib['gradient_nbytes']:.0f} MiB",
                 f"  floor         {self.gemms} GEMMs, {self.flop / 1e12:.3f} TFLOP",
             )
@@ -73,7 +91,7 @@ def explain(
     separate = grad_dtype(dtype).itemsize != total
     accumulator = vocab * hidden * total if train_head and separate and chunks > 1 else 0
     chunk = rows * vocab * size
-    part = rows * hidden * total  # dhidden of a chunk before its cast
+    scratch, kept = _gemm_nbytes(rows, hidden, dtype, device)
     gemms = 3 if train_head else 2
     return Explanation(
         n_tokens,
@@ -84,7 +102,8 @@ def explain(
         chunks,
         chunk,
         accumulator,
-        chunk + accumulator + part + n_tokens * PER_ROW_BYTES,
+        scratch + kept,
+        chunk + accumulator + scratch + kept + n_tokens * PER_ROW_BYTES,
         (n_tokens * hidden + (vocab * hidden if train_head else 0)) * grad_dtype(dtype).itemsize,
         n_tokens * vocab * size,
         gemms,
