@@ -103,14 +103,14 @@ float* write_floats(RowCall& row, Keywords& keywords, const char* name) {
       row.call.maybe_output(keywords.get(name), name, kF32, {row.args.rows}).data);
 }
 
+// Only a list or tuple: iterating over an array would read whatever its strides say.
 py::tuple tuple_arg(const CallArgs& call, py::handle object, const std::string& name) {
   if (object.is_none()) return py::tuple();
-  py::object tuple = py::reinterpret_steal<py::object>(PySequence_Tuple(object.ptr()));
-  if (!tuple) {
-    PyErr_Clear();
-    call.fail_type(name, "a list or tuple", object, "pass a sequence");
-  }
-  return tuple;
+  if (!PyList_Check(object.ptr()) && !PyTuple_Check(object.ptr()))
+    call.fail_type(name, "a list or tuple", object, "pass list(x)");
+  PyObject* tuple = PySequence_Tuple(object.ptr());
+  if (!tuple) throw py::error_already_set();  // a subclass whose __iter__ raises
+  return py::reinterpret_steal<py::tuple>(tuple);
 }
 
 void read_logits(RowCall& row, py::handle logits, Keywords& keywords) {

@@ -116,6 +116,7 @@ BAD = [
     ("weights fp64", lambda: {"weights": torch.ones(ROWS).double()}, ValueError, "weights"),
     ("extras is a tensor name", lambda: {"extras": ["x"]}, TypeError, "extras[0]"),
     ("extras is an int", lambda: {"extras": 3}, TypeError, "extras"),
+    ("codes is an array", lambda: {"codes": np.zeros(3, np.int64)}, TypeError, "codes"),
     ("codes not in threes", lambda: {"codes": [1, -1]}, ValueError, "triples"),
     (
         "codes not ints",

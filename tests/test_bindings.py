@@ -99,6 +99,15 @@ def test_a_pointer_that_lies_is_not_believed(make):
     np.testing.assert_allclose(logps.numpy(), -np.log(VOCAB), rtol=1e-6)
 
 
+def test_an_error_inside_a_sequence_comes_through():
+    class Hostile(list):
+        def __iter__(self):
+            raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        call(inputs(ROWS, VOCAB), outputs(ROWS, VOCAB, torch.float32), codes=Hostile([1, -1, 0]))
+
+
 def test_wrapped_tensors_are_refused():
     from torch._subclasses import FakeTensorMode
 
