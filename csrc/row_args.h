@@ -1,7 +1,9 @@
-// What one call of the row pass reads and writes. Plain pointers and sizes, already checked by bindings.cpp.
+// What one call of the row pass reads and writes. Plain pointers and sizes, already checked by
+// bindings.cpp.
 //
-// One call handles C rows of V logits: softmax statistics, the objective program, and the gradient of each row.
-// Every per-row array is contiguous fp32 of length `rows` unless said otherwise; null means absent.
+// One call handles C rows of V logits: softmax statistics, the objective program, and the gradient
+// of each row. Every per-row array is contiguous fp32 of length `rows` unless said otherwise; null
+// means absent.
 #pragma once
 
 #include <cstdint>
