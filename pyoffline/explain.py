@@ -9,10 +9,10 @@ from pyoffline.chunk_loop import grad_dtype
 from pyoffline.plan import MIB, current_settings, plan_chunks
 
 PER_ROW_BYTES = 64  # row scalars, labels and their compacted copies
-# What MKL keeps inside after a product, measured at C = 256 and 1024, D = 256 and 1024 (2026-11-21).
-# Half precision: fp32 copies of a panel's operands, beside the panel of fp32 logits itself
-# (csrc/cpu/gemm.cpp). fp32: packing blocks of a thread, whatever V (less for C below 100).
-PANEL = 2048
+# What MKL keeps after a product, measured at C = 256 and 1024, D = 256 and 1024 (2026-11-21).
+# Half precision: two fp32 copies of a panel's operands, beside the panel of fp32 logits itself
+# (widths of csrc/cpu/gemm.cpp). fp32: packing blocks of a thread, whatever V (less below C = 100).
+LOGITS_PANEL, DHIDDEN_PANEL = 4096, 2048
 SGEMM_NBYTES, SGEMM_NBYTES_PER_COLUMN = 9 * MIB, 5 * 1024
 
 
@@ -24,7 +24,8 @@ def _gemm_nbytes(rows: int, hidden: int, dtype: torch.dtype, device: str) -> tup
     if dtype == torch.float32:
         block = SGEMM_NBYTES + SGEMM_NBYTES_PER_COLUMN * hidden
         return part, torch.get_num_threads() * block
-    return max(part, rows * PANEL * 4), 8 * PANEL * (rows + hidden)
+    copies = rows * DHIDDEN_PANEL + LOGITS_PANEL * hidden + rows * hidden
+    return max(part, rows * LOGITS_PANEL * 4), 8 * copies
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,11 @@ def explain(
     separate = grad_dtype(dtype).itemsize != total
     accumulator = vocab * hidden * total if train_head and separate and chunks > 1 else 0
     chunk = rows * vocab * size
+    dweight = vocab * hidden * grad_dtype(dtype).itemsize if train_head else 0
     scratch, kept = _gemm_nbytes(rows, hidden, dtype, device)
+    if accumulator or chunks == 1:
+        # dweight is first touched by the last product, when the scratch of the others is free
+        scratch = max(0, scratch - dweight)
     gemms = 3 if train_head else 2
     return Explanation(
         n_tokens,
@@ -104,7 +109,7 @@ def explain(
         accumulator,
         scratch + kept,
         chunk + accumulator + scratch + kept + n_tokens * PER_ROW_BYTES,
-        (n_tokens * hidden + (vocab * hidden if train_head else 0)) * grad_dtype(dtype).itemsize,
+        n_tokens * hidden * grad_dtype(dtype).itemsize + dweight,
         n_tokens * vocab * size,
         gemms,
         2 * gemms * n_tokens * hidden * vocab,

@@ -132,7 +132,7 @@ TABLE = {
     ),
     # arguments in the wrong place
     "swapped hidden and head": (
-        lambda: po.linear_policy_loss(HEAD, X, TOKENS, po.NLL()),
+        lambda: lpl(hidden=HEAD, head=X),
         TypeError,
     ),
     "swapped tokens and objective": (
