@@ -55,10 +55,9 @@ PYOFFLINE_HD inline RowStats finish_stats(const RowSums& sums, int64_t vocab, do
 }
 
 // What the gradient sweep multiplies with: dlogits_v = damp_v (e_v (from_p - from_pt t_v) - from_u
-// u_v), and the label's own value. Where p_v = e_v inverse_d is 0 the first product is 0 whatever
-// from_p is.
+// u_v), and the label's own value. Where e_v is 0 the first product is 0 whatever from_p is.
 struct RowGradient {
-  float from_p, from_pt, from_u, inverse_d;
+  float from_p, from_pt, from_u;
   float at_label;
   bool is_nan;  // write NaN over the whole row
 };
@@ -80,7 +79,6 @@ PYOFFLINE_HD inline RowGradient gradient_constants(const Coefs& coefs, const Row
   out.from_p = static_cast<float>(factor * (common - a) / stats.d);
   out.from_pt = static_cast<float>(factor * b / stats.d);
   out.from_u = static_cast<float>(factor * e / static_cast<double>(vocab));
-  out.inverse_d = static_cast<float>(1.0 / stats.d);
   const double p = exp(stats.logp_exact), rest = -expm1(stats.logp_exact);
   double label = zero_safe(a, rest) + zero_safe(p, common);
   if (p != 0.0) label -= zero_safe(b, p * static_cast<double>(sums.t_label));

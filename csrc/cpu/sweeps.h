@@ -8,6 +8,9 @@
 // file per instruction set, after a vec_*.h. Not here: anything that is done once a row.
 #pragma once
 
+#include <float.h>
+#include <math.h>
+
 #include "../row_pass.h"
 #include "kernels.h"
 #include "vec_math.h"
@@ -111,6 +114,16 @@ Peak find_max(const Source<T, kGeneral>& src, int64_t vocab) {
   return peak;
 }
 
+// Entries this far below the maximum count as 0: exp would be denormal, and a denormal operand or
+// result costs a microcode assist of about 150 cycles, ten times the rest of the sweep where logits
+// spread widely. Over 262,147 entries that is 3e-33 of d, which is at least 1.
+constexpr float kFarBelow = -87.3365f;  // log FLT_MIN
+// Where sums of squares start (and what is taken off at the end), to keep them normal numbers.
+constexpr float kSquaresFloor = 0x1p-100f;
+
+// exp(t), exactly 0 for t <= low (also -inf), NaN for NaN. low >= kFarBelow.
+inline F exp_above(F t, F low) { return Vec::keep_above(t, low, exp_clamped(Vec::max(low, t))); }
+
 struct Totals {
   Vec::Sum tail, s, squares, ut;
   int64_t ones;
@@ -125,13 +138,15 @@ struct BlockSums {
 
   BlockSums() {
     const F zero = Vec::set(0.0f);
-    for (int j = 0; j < 2; ++j) tail[j] = s[j] = squares[j] = ut[j] = zero;
+    for (int j = 0; j < 2; ++j) tail[j] = s[j] = ut[j] = zero;
+    for (int j = 0; j < 2; ++j) squares[j] = Vec::set(kSquaresFloor);
   }
 
   inline __attribute__((always_inline)) void step(int j, F t, F u) {
-    const F clamped =
-        clamp_for_exp(t);  // finite, so that a masked entry adds 0 * -104 and not 0 * -inf
-    F e = exp_clamped(clamped);
+    const F low = Vec::set(kFarBelow);
+    // finite, so that a masked entry adds 0 * -87 and not 0 * -inf
+    const F clamped = Vec::min(Vec::set(89.0f), Vec::max(low, t));
+    F e = Vec::keep_above(t, low, exp_clamped(clamped));
     if (kLevel >= 1) s[j] = Vec::fma(e, clamped, s[j]);
     if (kLevel >= 2) ut[j] = Vec::add(ut[j], Vec::drop_zero(u, Vec::mul(u, t)));
     if (kPeak) {
@@ -146,7 +161,8 @@ struct BlockSums {
     Vec::accumulate(out->tail, Vec::add(tail[0], tail[1]));
     if (kLevel >= 1) {
       Vec::accumulate(out->s, Vec::add(s[0], s[1]));
-      Vec::accumulate(out->squares, Vec::add(squares[0], squares[1]));
+      const F both = Vec::add(squares[0], squares[1]);
+      Vec::accumulate(out->squares, Vec::sub(both, Vec::set(2.0f * kSquaresFloor)));
     }
     if (kLevel >= 2) Vec::accumulate(out->ut, Vec::add(ut[0], ut[1]));
     out->ones += ones;
@@ -226,13 +242,21 @@ void sums(const RowInput& row, int64_t label, int level, RowSums* out) {
   });
 }
 
+// Below this t the product of e and the row's constants is denormal: it counts as 0, for the price
+// of an assist.
+inline float lowest_t(const RowGradient& constants) {
+  const float from_p = fabsf(constants.from_p), from_pt = fabsf(constants.from_pt);
+  const float low = logf(FLT_MIN / (from_p > from_pt ? from_p : from_pt));
+  return low > kFarBelow ? low : kFarBelow;
+}
+
 // Every coefficient finite, only p to scale: dlogits_v = from_p e_v. An e_v of 0 gives 0 by itself.
 template <class T, class Out>
 void simple_gradient(const RowInput& row, const RowSums& sums, const RowGradient& constants,
                      Out* out) {
   const Source<T, false> src(row, sums.offset);
-  const F from_p = Vec::set(constants.from_p);
-  auto value = [&](F x) { return Vec::mul(exp_clamped(clamp_below(src.shifted(x))), from_p); };
+  const F from_p = Vec::set(constants.from_p), low = Vec::set(lowest_t(constants));
+  auto value = [&](F x) { return Vec::mul(exp_above(src.shifted(x), low), from_p); };
   for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
     int64_t i = begin;
@@ -251,12 +275,13 @@ void full_gradient(const RowInput& row, const RowSums& sums, const RowGradient& 
                    Out* out) {
   const Source<T, true> src(row, sums.offset);
   const F from_p = Vec::set(constants.from_p), from_pt = Vec::set(-constants.from_pt);
-  const F from_u = Vec::set(-constants.from_u), inverse_d = Vec::set(constants.inverse_d);
+  const F from_u = Vec::set(-constants.from_u);
+  const F low = Vec::set(lowest_t(constants));
   const bool has_pt = constants.from_pt != 0.0f, has_u = constants.from_u != 0.0f;
   auto value = [&](F x, F u) {
-    const F bent = src.bent(x), t = clamp_below(src.shifted(bent)), e = exp_clamped(t);
-    F dz = has_pt ? Vec::fma(from_pt, t, from_p) : from_p;
-    dz = Vec::drop_zero(Vec::mul(e, inverse_d), Vec::mul(e, dz));
+    const F bent = src.bent(x), t = src.shifted(bent), e = exp_above(t, low);
+    F dz = has_pt ? Vec::fma(from_pt, Vec::max(low, t), from_p) : from_p;
+    dz = Vec::drop_zero(e, Vec::mul(e, dz));
     if (has_u) dz = Vec::add(dz, Vec::drop_zero(u, Vec::mul(from_u, u)));
     const F damp = src.damp(bent);
     return Vec::drop_zero(damp, Vec::mul(dz, damp));

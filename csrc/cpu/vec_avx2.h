@@ -39,6 +39,9 @@ struct Vec {
   static F drop_zero(F key, F x) {
     return _mm256_and_ps(x, _mm256_cmp_ps(key, set(0.0f), _CMP_NEQ_UQ));
   }
+  static F keep_above(F key, F low, F x) {
+    return _mm256_and_ps(x, _mm256_cmp_ps(key, low, _CMP_NLE_UQ));
+  }
   static int count_zero(F x) {
     return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps(x, set(0.0f), _CMP_EQ_OQ)));
   }

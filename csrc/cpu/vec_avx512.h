@@ -41,6 +41,9 @@ struct Vec {
   static F drop_zero(F key, F x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(key, set(0.0f), _CMP_NEQ_UQ), x);
   }
+  static F keep_above(F key, F low, F x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(key, low, _CMP_NLE_UQ), x);
+  }
   static int count_zero(F x) {
     return __builtin_popcount(_mm512_cmp_ps_mask(x, set(0.0f), _CMP_EQ_OQ));
   }

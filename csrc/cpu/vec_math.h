@@ -19,9 +19,6 @@ inline Vec::F clamp_for_exp(Vec::F x) {
   return Vec::min(Vec::set(89.0f), Vec::max(Vec::set(kExpZero), x));
 }
 
-// The same for z - m, which is never above a rounding error.
-inline Vec::F clamp_below(Vec::F x) { return Vec::max(Vec::set(kExpZero), x); }
-
 inline Vec::F exp_clamped(Vec::F x) {
   using V = Vec;
   const V::F magic = V::set(0x1.8p23f);  // adding it rounds to a whole number in the low bits

@@ -2,10 +2,11 @@
 // definition of what Vec means:
 //
 // max(a, b), min(a, b): b where either is NaN. less, drop_zero: a comparison with NaN is false.
-// count_zero: lanes == 0. keep(x, n, fill): the first n lanes of x. scale_by_power(x, n): x 2^n for
-// whole n in [-151, 129], rounded once. Sum: fp32 lanes added up in fp64. load(p, n), store(p, x,
-// n): the first n lanes; absent lanes are read as 0. Where there is no FMA, fma rounds twice:
-// results differ in the last bit between instruction sets, never within one.
+// keep_above(key, low, x): 0 where key <= low, x where key is NaN. count_zero: lanes == 0. keep(x,
+// n, fill): the first n lanes of x. scale_by_power(x, n): x 2^n for whole n in [-151, 129], rounded
+// once. Sum: fp32 lanes added up in fp64. load(p, n), store(p, x, n): the first n lanes; absent
+// lanes are read as 0. Where there is no FMA, fma rounds twice: results differ in the last bit
+// between instruction sets, never within one.
 #pragma once
 
 #include "half_bits.h"
@@ -49,6 +50,7 @@ struct Vec {
   }
   static F less(F a, F b, F yes, F no) { return a < b ? yes : no; }
   static F drop_zero(F key, F x) { return key == set(0.0f) ? set(0.0f) : x; }
+  static F keep_above(F key, F low, F x) { return key <= low ? set(0.0f) : x; }
   static int count_zero(F x) {
     const I zero = x == set(0.0f);
     return -(zero[0] + zero[1] + zero[2] + zero[3]);
