@@ -47,4 +47,4 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info pyoffline/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info pyoffline/*.so $(INSTALLED) .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,4 @@
 // The three GEMMs as Python calls them; gemm.h has what they compute.
-#include <cmath>
-
 #include "bindings.h"
 #include "cpu/gemm.h"
 
@@ -12,10 +10,6 @@ namespace {
 Matrix matrix(const TensorArg& arg) {
   return {arg.data, arg.dtype(), arg.shape[0], arg.shape[1],
           arg.numel() == 0 || arg.shape[0] == 1 ? arg.shape[1] : arg.stride[0]};
-}
-
-int threads_arg(const CallArgs& call, py::handle threads) {
-  return static_cast<int>(int_arg(call, threads, "threads", 1, 1024));
 }
 
 void gemm_logits_py(py::object hidden, py::object weight, py::object out, py::object threads) {

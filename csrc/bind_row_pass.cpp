@@ -4,9 +4,7 @@
 // Nothing is written before everything is checked, labels included. The labels are checked in a
 // copy and the kernel reads that copy, so that another thread that changes them meanwhile cannot
 // send an index past the row.
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <set>
 #include <vector>

@@ -16,19 +16,16 @@ namespace {
 // Raised by one whenever a signature or an argument's meaning changes.
 constexpr int kAbi = 1;
 
-int threads_arg(const CallArgs& call, py::handle threads) {
-  return static_cast<int>(int_arg(call, threads, "threads", 1, 1024));
-}
-
-void column_sum_py(py::object dlogits, py::object out, bool accumulate, py::object threads) {
+void column_sum_py(py::object dlogits, py::object out, py::object accumulate, py::object threads) {
   CallArgs call("column_sum");
   const TensorArg x = call.input(dlogits, "dlogits", kLogits, {kAny, kAny});
   const TensorArg sums = call.output(out, "out", kF32, {x.shape[1]});
+  const bool adds = bool_arg(call, accumulate, "accumulate");
   const int count = threads_arg(call, threads);
   call.check_overlaps();
   py::gil_scoped_release release;
   column_sum(x.data, x.dtype(), x.stride[0], x.shape[0], x.shape[1], static_cast<float*>(sums.data),
-             accumulate, count);
+             adds, count);
 }
 
 double weighted_sum_py(py::object values, py::object weights) {
@@ -41,16 +38,16 @@ double weighted_sum_py(py::object values, py::object weights) {
 }
 
 // Any contiguous pair of equal shapes: read as flat vectors.
-void scale_cast_py(py::object src, py::object out, double scale, py::object threads) {
+void scale_cast_py(py::object src, py::object out, py::object scale, py::object threads) {
   CallArgs call("scale_cast");
   const TensorArg in = call.dense_input(src, "src", kLogits);
   const TensorArg to = call.dense_output(out, "out", kLogits, in);
+  const float factor = static_cast<float>(float_arg(call, scale, "scale"));
   if (in.kind == to.kind) call.allow_in_place("out", "src");
   const int count = threads_arg(call, threads);
   call.check_overlaps();
   py::gil_scoped_release release;
-  scale_cast(in.data, in.dtype(), to.data, to.dtype(), in.numel(), static_cast<float>(scale),
-             count);
+  scale_cast(in.data, in.dtype(), to.data, to.dtype(), in.numel(), factor, count);
 }
 
 void vector_py(VecFn fn, const char* name, py::object x, py::object out) {

@@ -274,6 +274,15 @@ int64_t int_arg(const CallArgs& call, py::handle object, const std::string& name
   return value;
 }
 
+bool bool_arg(const CallArgs& call, py::handle object, const std::string& name) {
+  if (!PyBool_Check(object.ptr())) call.fail_type(name, "a bool", object, "pass True or False");
+  return object.is(py::handle(Py_True));
+}
+
+int threads_arg(const CallArgs& call, py::handle threads) {
+  return static_cast<int>(int_arg(call, threads, "threads", 1, 1024));
+}
+
 double float_arg(const CallArgs& call, py::handle object, const std::string& name) {
   const double value = PyFloat_AsDouble(object.ptr());
   if (value == -1.0 && PyErr_Occurred()) {

@@ -105,8 +105,12 @@ class CallArgs {
 
 std::string type_name(py::handle object);
 std::string shape_text(const int64_t* sizes, int rank);
+// Scalars arrive as objects and are converted here: pybind's own error would print every argument,
+// and printing an array reads whatever its strides say.
 int64_t int_arg(const CallArgs& call, py::handle object, const std::string& name, int64_t low,
                 int64_t high);
+bool bool_arg(const CallArgs& call, py::handle object, const std::string& name);
+int threads_arg(const CallArgs& call, py::handle threads);  // 1 to 1024
 double float_arg(const CallArgs& call, py::handle object, const std::string& name);
 
 }  // namespace pyoffline

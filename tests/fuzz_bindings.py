@@ -184,6 +184,11 @@ def draw(rng):
 
 def spoil(rng, args, kwargs, plain):
     """Breaks one to three arguments of a valid call in place."""
+    labels = args[-1]
+    if isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.numel():
+        if rng.random() < 0.2:
+            labels[0] = rng.choice((-1, 10**6, 2**62, -(2**62)))
+            return
     for _ in range(rng.choice((1, 1, 2, 3))):
         kind = rng.random()
         if kind < 0.35:
@@ -196,9 +201,6 @@ def spoil(rng, args, kwargs, plain):
                 plain[name] = spoil_tensor(rng, plain[name])
         elif kind < 0.7 and plain and isinstance(args[0], torch.Tensor):
             plain[rng.choice(list(plain))] = args[0]  # an output over an input
-        elif kind < 0.75 and isinstance(args[-1], torch.Tensor) and args[-1].dtype == torch.int64:
-            if args[-1].numel():
-                args[-1][0] = rng.choice((-1, 10**6, 2**62, -(2**62)))
         elif kwargs:
             name = rng.choice(list(kwargs))
             value = kwargs[name]

@@ -288,6 +288,7 @@ def test_small_functions_check_their_arguments():
         (_C.scale_cast, (x, torch.zeros(6, 4), 1.0), ValueError),
         (_C.scale_cast, (x[:, ::2], torch.zeros(4, 3), 1.0), ValueError),
         (_C.scale_cast, (x, x.view(torch.bfloat16)[:, :6], 1.0), ValueError),
+        (_C.scale_cast, (x, x.clone(), "1"), TypeError),
         (_C.vector_exp, (x[0], x[0]), ValueError),
         (_C.set_isa, ("sse9",), ValueError),
         (_C.advise_hugepages, (x.t(),), ValueError),
