@@ -42,7 +42,7 @@ def linear_policy_loss(
 
     Shapes: hidden [..., D], the tensors of `tokens` [...]; hidden and weight share a dtype (bf16,
     fp16, fp32, fp64). Statistics and loss are fp32 (fp64 for fp64). Memory: one chunk of logits
-    (512 MiB on a CPU) and an fp32 [V, D] accumulator when a trainable head takes several chunks;
+    (448 MiB on a CPU) and an fp32 [V, D] accumulator when a trainable head takes several chunks;
     independent of the number of tokens otherwise.
 
     Returns LossOutput(loss, stats, metrics). Gradients reach hidden, the head's weight, bias and

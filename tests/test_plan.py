@@ -23,9 +23,9 @@ NONE = PlanSettings(0, 0, False)
 
 # n, vocab, itemsize, settings -> rows, chunks, padded; reason
 TABLE = [
-    ((100, 1000, 4, NONE), (100, 1, False), "everything fits the default 512 MiB"),
+    ((100, 1000, 4, NONE), (100, 1, False), "everything fits the default 448 MiB"),
     ((0, 1000, 4, NONE), (1, 0, False), "no rows, no chunks"),
-    ((4096, 131072, 4, NONE), (1024, 4, False), "512 MiB / 512 KiB a row"),
+    ((4096, 131072, 4, NONE), (832, 5, False), "448 MiB / 512 KiB a row"),
     ((4097, 131072, 4, NONE), (832, 5, False), "one row more: equal chunks, cut at 16"),
     ((100, 1000, 4, PlanSettings(0, 1, False)), (1, 100, False), "at least one row"),
     ((100, 1000, 4, PlanSettings(7, 0, False)), (7, 15, False), "chunk_rows wins"),
