@@ -11,6 +11,7 @@
 
 #include "bindings.h"
 #include "cpu/dispatch.h"
+#include "cpu/score.h"
 
 namespace pyoffline {
 
@@ -73,7 +74,8 @@ class Keywords {
     for (const auto& item : kwargs_) {
       const std::string name = py::str(item.first);
       if (!asked_.count(name))
-        throw py::type_error("row_pass: unknown argument '" + name + "'; see help(row_pass)");
+        throw py::type_error(call_.function() + ": unknown argument '" + name + "'; see help(" +
+                             call_.function() + ")");
     }
   }
 
@@ -85,7 +87,8 @@ class Keywords {
 
 // What RowArgs points into: kept for the length of the call.
 struct RowCall {
-  CallArgs call{"row_pass"};
+  explicit RowCall(const char* function) : call(function) {}
+  CallArgs call;
   RowArgs args{};
   std::vector<int64_t> labels;
   std::vector<const float*> extras;
@@ -249,6 +252,7 @@ void read_terms(RowCall& row, Keywords& keywords) {
 // IndexError.
 void check_labels(RowCall& row, const int64_t* labels) {
   RowArgs& args = row.args;
+  const CallArgs& call = row.call;
   if (args.rows) row.labels.assign(labels, labels + args.rows);
   for (int64_t i = 0; i < args.rows; ++i) {
     const int64_t label = row.labels[i];
@@ -257,7 +261,7 @@ void check_labels(RowCall& row, const int64_t* labels) {
       row.labels[i] = args.ignore_index;
       continue;
     }
-    throw py::index_error("row_pass: labels: expected a value in [0, " +
+    throw py::index_error(call.function() + ": labels: expected a value in [0, " +
                           std::to_string(args.vocab) + ") or ignore_index " +
                           std::to_string(args.ignore_index) + ", got " + std::to_string(label) +
                           " at row " + std::to_string(i) + "; nothing was written");
@@ -265,23 +269,59 @@ void check_labels(RowCall& row, const int64_t* labels) {
   args.labels = row.labels.data();
 }
 
-void row_pass_py(py::object logits, py::object labels, py::kwargs kwargs) {
-  RowCall row;
-  Keywords keywords(row.call, std::move(kwargs));
-  row.args.ignore_index = keywords.integer("ignore_index", -100, INT64_MIN, INT64_MAX);
-  row.args.threads = static_cast<int32_t>(keywords.integer("threads", 1, 1, 1024));
-  read_logits(row, logits, keywords);
-  const TensorArg label_arg = row.call.input(labels, "labels", kI64, {row.args.rows});
+// Everything that both entry points read by name, in the order in which errors are found.
+void read_rows(RowCall& row, Keywords& keywords, const TensorArg& labels) {
   read_head(row, keywords);
   read_inputs(row, keywords);
   read_outputs(row, keywords);
   read_terms(row, keywords);
   keywords.check_all_read();
   row.call.check_overlaps();
-  check_labels(row, static_cast<const int64_t*>(label_arg.data));
+  check_labels(row, static_cast<const int64_t*>(labels.data));
+}
+
+void row_pass_py(py::object logits, py::object labels, py::kwargs kwargs) {
+  RowCall row("row_pass");
+  Keywords keywords(row.call, std::move(kwargs));
+  row.args.ignore_index = keywords.integer("ignore_index", -100, INT64_MIN, INT64_MAX);
+  row.args.threads = static_cast<int32_t>(keywords.integer("threads", 1, 1, 1024));
+  read_logits(row, logits, keywords);
+  const TensorArg label_arg = row.call.input(labels, "labels", kI64, {row.args.rows});
+  read_rows(row, keywords, label_arg);
   if (row.args.rows == 0) return;
   py::gil_scoped_release release;
   row_pass(row.args);
+}
+
+DType dtype_arg(const RowCall& row, Keywords& keywords) {
+  const std::string name = py::str(keywords.get("logits_dtype"));
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  row.call.fail("logits_dtype", "'float32', 'bfloat16' or 'float16'", name,
+                "it is what a logit is rounded to");
+}
+
+void score_rows_py(py::object hidden, py::object weight, py::object labels, py::kwargs kwargs) {
+  RowCall row("score_rows");
+  Keywords keywords(row.call, std::move(kwargs));
+  RowArgs& args = row.args;
+  args.ignore_index = keywords.integer("ignore_index", -100, INT64_MIN, INT64_MAX);
+  args.threads = static_cast<int32_t>(keywords.integer("threads", 1, 1, 1024));
+  const int64_t block_rows = keywords.integer("block_rows", 4096, 1, INT32_MAX);
+  args.logits_type = dtype_arg(row, keywords);
+  const TensorArg x = row.call.input(hidden, "hidden", kLogits, {kAny, kAny}, true);
+  const TensorArg w = row.call.input(weight, "weight", x.kind, {kAny, x.shape[1]}, true);
+  args.rows = x.shape[0];
+  args.vocab = w.shape[0];
+  if (args.vocab < 1)
+    row.call.fail("weight", "at least one row", shape_text(w.shape, 2), "V must be positive");
+  const TensorArg label_arg = row.call.input(labels, "labels", kI64, {args.rows});
+  read_rows(row, keywords, label_arg);
+  if (args.coefs) row.call.fail("coefs", "None", "a tensor", "no gradient is formed here");
+  if (args.rows == 0) return;
+  py::gil_scoped_release release;
+  score_rows(matrix(x), matrix(w), args, block_rows);
 }
 
 constexpr const char* kRowPassDoc =
@@ -292,10 +332,17 @@ entropy=None, lse=None, gap=None, log_sum_p2=None, is_top1=None, coefs_out=None,
 
 Softmax statistics, objective and gradient of each row of logits [C, V]; docs/internals.md has the contract.)";
 
+constexpr const char* kScoreRowsDoc =
+    R"(score_rows(hidden, weight, labels, *, logits_dtype, block_rows=4096, ...)
+
+row_pass without gradient on hidden [N, D] @ weight [V, D].T, each logit rounded to logits_dtype and none of
+them stored: the same keywords but dlogits and coefs. At most block_rows rows are multiplied at a time.)";
+
 }  // namespace
 
 void bind_row_pass(py::module_& module) {
   module.def("row_pass", row_pass_py, kRowPassDoc);
+  module.def("score_rows", score_rows_py, kScoreRowsDoc);
   module.def(
       "codes",
       [] {
