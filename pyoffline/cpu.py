@@ -93,7 +93,7 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None
     if rows.coefs is not None:
         gradient(**_shared(rows, out), coefs=rows.coefs.float().contiguous())
     elif not rows.codes:
-        sweep(**_shared(rows, out))
+        sweep(**_shared(rows, out), gap=out.gap)
     elif CUSTOM_CODE not in rows.codes[0::3]:
         _run_program(rows, out, gradient)
     else:
@@ -158,7 +158,7 @@ class CpuKernels:
             block_rows=_score_block(call.plan, hidden.shape[0]),
         )
         if not rows.codes:
-            sweep(**_shared(rows, out))
+            sweep(**_shared(rows, out), gap=out.gap)
         elif CUSTOM_CODE in rows.codes[0::3]:
             _run_custom(rows, out, sweep)
         else:
@@ -216,7 +216,8 @@ def logits(call: LogitsCall) -> LogitsResult:
     index = None if bool(counted.all()) else counted.nonzero()[:, 0]
     picked = rows.labels if index is None else rows.labels[index]
     check_labels(picked, call.logits.shape[1], index)
-    out = RowOutputs.zeros(n, torch.float32, call.logits.device, call.wants_coefs)
+    device = call.logits.device
+    out = RowOutputs.zeros(n, torch.float32, device, call.wants_coefs, call.wants_gap)
     scale = power_of_two_scale(rows.map(lambda v: v[counted]), call.logits.dtype)
     source = call.logits if call.logits.stride(-1) == 1 else call.logits.contiguous()
     dlogits = None
