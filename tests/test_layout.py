@@ -20,7 +20,7 @@ CODE = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench")
 # file (5): it may import the core and is imported by the applications only.
 LAYERS = {
     0: "scalar_ops objective_math checks arrays plan head_rules records",
-    1: "objectives head_hf calls panel_gemm coupled sequence_math coupled_table",
+    1: "objectives head_hf calls panel_gemm coupled sequence_math group_math coupled_table",
     2: "program head chunk_loop compose coupled_units coupled_program",
     3: "reference cpu token_objectives custom coupled_loop sequence_objectives",
     4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled",
