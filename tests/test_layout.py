@@ -19,7 +19,7 @@ CODE = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench")
 # A module may import modules of its own number or lower. What is not listed is a public function's
 # file (5): it may import the core and is imported by the applications only.
 LAYERS = {
-    0: "scalar_ops objective_math checks arrays plan head_rules records",
+    0: "scalar_ops objective_math preference_math ranking_math checks arrays plan head_rules records",
     1: "objectives head_hf calls panel_gemm",
     2: "program head chunk_loop compose",
     3: "reference cpu token_objectives custom",
