@@ -38,7 +38,7 @@ def plackett_luce(score: Tensor, rank: Tensor, group: Tensor) -> tuple[Tensor, T
 
 
 def ranking_hinge(score: Tensor, rank: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """`sum_{i beats j} relu(s_j - s_i)` per group, s the mean log-prob. (RRHF 2304.05302, eq. 2)
+    """`sum_{i beats j} relu(s_j - s_i)` per group, s the mean log-prob. (RRHF 2304.05302)
 
     ds_j counts the better answers that score below j, minus the worse ones that score above; equal
     scores give 0.
