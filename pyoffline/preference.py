@@ -127,7 +127,11 @@ class DPO(_Pair):
         _choice(self, "f_divergence", F_DIVERGENCES)
         if not isinstance(self.reference_free, bool):
             raise TypeError(f"DPO(reference_free={self.reference_free!r}): expected a bool")
-        if self.margin != "rewards":
+        if isinstance(self.margin, str):
+            _refuse(
+                self, self.margin != "rewards", f"margin={self.margin!r}: a number or 'rewards'"
+            )
+        else:
             _number(self, "margin", *_ANY)
         eps, loss = self.label_smoothing, self.loss
         self.smoothed(_SMOOTHED)

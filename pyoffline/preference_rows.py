@@ -119,7 +119,7 @@ MARGIN_LOSSES: dict[str, Callable] = {
 }
 NORMALISED = ("ipo", "sigmoid_norm")  # scores divided by the lengths
 SOFT = ("sigmoid", "sigmoid_norm")  # read sequences.targets
-MARGIN = ("ipo", *MARGIN_LOSSES)
+MARGIN = (*MARGIN_LOSSES, "ipo")
 AOT = ("aot", "aot_unpaired")
 DPO_LOSSES = (*MARGIN, *pm.UNPAIRED, *AOT)
 
@@ -196,7 +196,7 @@ def kto(c: Coupled) -> CoupledLoss:
     )
     x = log_ratios(c, False)
     loss, slope = pm.kto(x, good, beta, kl)
-    weight = torch.where(good, desirable, undesirable) * c.omega
+    weight = torch.where(good, desirable * c.omega, undesirable * c.omega)
     loss, slope = pm.show_nan(loss + wrong + (c.targets - c.targets), slope)
     metrics = {"rewards/mean": beta * x, "logps/mean": c.sum(c.logp)}
     return CoupledLoss(product(weight, loss), c.spread(product(weight, slope)), metrics=metrics)
