@@ -5,11 +5,13 @@ Not here: reading the configuration (config.py), the command line (cli.py).
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from pyoffline import run_folder
 from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
 from pyoffline.data import Needs, SampleSet, load_samples
 
@@ -40,19 +42,34 @@ def run_training(
 
     transformers.utils.logging.disable_progress_bar()
     args = OfflineConfig(**(config.trainer | {"disable_tqdm": True}))
-    start = _checkpoint(args.output_dir) if resume else None
-    tokenizer = load_tokenizer(config.model)
-    train, evaluation, keep = load_data(config, tokenizer)
-    transformers.set_seed(args.seed)
-    lm = load_model(config.model)
-    trainer, stop = build_trainer(config, args, lm, tokenizer, (train, evaluation, keep))
-    if check_only:
-        return None
+    run = Path(args.output_dir)
+    sole = run_folder.sole_run(run) if args.should_save and not check_only else nullcontext()
+    with sole:
+        start = _checkpoint(run, resume, not check_only)
+        tokenizer = load_tokenizer(config.model)
+        train, evaluation, keep = load_data(config, tokenizer)
+        transformers.set_seed(args.seed)
+        lm = load_model(config.model)
+        trainer, stop = build_trainer(config, args, lm, tokenizer, (train, evaluation, keep))
+        return None if check_only else _train(trainer, stop, start)
+
+
+def _train(trainer, stop, start) -> RunResult:
+    from pyoffline.callbacks import StoppedInEvaluation
+
     try:
         trainer.train(resume_from_checkpoint=start)
+    except StoppedInEvaluation:
+        trainer.save_checkpoint()
     finally:
         stop.restore()
-    return _finish(trainer, args, stop)
+    run, step = Path(trainer.args.output_dir), trainer.state.global_step
+    folder = run / "final" if stop.stopped_by is None else run / f"checkpoint-{step}"
+    if stop.stopped_by is None:
+        trainer.save_whole(folder)
+    elif run_folder.newest(run) != folder:  # the signal came after the last step
+        trainer.save_checkpoint()
+    return RunResult(run, folder, run / "metrics.jsonl", step, stop.stopped_by)
 
 
 def load_tokenizer(model: ModelConfig):
@@ -163,25 +180,22 @@ def _bar(label: str):
     )
 
 
-def _checkpoint(output_dir: str) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if found is None:
-        raise ConfigError(output_dir, ["--resume: there is no checkpoint in trainer.output_dir"])
-    return found
-
-
-def _finish(trainer, args, stop) -> RunResult:
-    output = Path(args.output_dir)
-    final = output / "final"
-    if stop.stopped_by is None:
-        trainer.save_model(str(final))
-    else:
-        final = output / f"checkpoint-{trainer.state.global_step}"
-    return RunResult(
-        output, final, output / "metrics.jsonl", trainer.state.global_step, stop.stopped_by
-    )
+def _checkpoint(run: Path, resume: bool, write: bool) -> str | None:
+    """Where to start: the newest complete checkpoint, or None for a run from the beginning."""
+    if resume and write:
+        run_folder.recover(run)
+    found = run_folder.newest(run)
+    for folder, wrong in run_folder.unusable(run).items() if resume else ():
+        sys.stderr.write(f"{folder} is not used: {'; '.join(wrong)}\n")
+    if resume and found is None:
+        raise ConfigError(str(run), ["--resume: no complete checkpoint in trainer.output_dir"])
+    if not resume and found is not None and write:
+        problem = (
+            f"trainer.output_dir has {found.name} of an earlier run: pass --resume to go on from "
+            "it, choose another folder, or delete that one"
+        )
+        raise ConfigError(str(run), [problem])
+    return str(found) if resume else None
 
 
 def with_flags(config: RunConfig, skip_bad: bool, trust_remote_code: bool) -> RunConfig:
