@@ -33,6 +33,7 @@ from pyoffline.records import LossOutput as LossOutput
 from pyoffline.records import SequenceBatch as SequenceBatch
 from pyoffline.records import TokenBatch as TokenBatch
 from pyoffline.records import TokenStats as TokenStats
+from pyoffline.sequence_objectives import GSPO as GSPO
 from pyoffline.token_objectives import CISPO as CISPO
 from pyoffline.token_objectives import DFT as DFT
 from pyoffline.token_objectives import DPPO as DPPO

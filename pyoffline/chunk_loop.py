@@ -90,6 +90,14 @@ class WeightGrad:
             if last and self.scale != 1.0:
                 self.out.mul_(self.scale)
 
+    def rescale(self, factor: float, scale: float) -> None:
+        """Multiply what is accumulated by `factor`, a power of two, and end with `scale`."""
+        self.scale = scale
+        if factor != 1.0 and self.count:
+            self.acc.mul_(factor)
+            if self.two_level and self.count >= CHUNKS_PER_LEVEL:
+                self.out.mul_(factor)
+
 
 def power_of_two_scale(rows: Rows, dtype: torch.dtype) -> float:
     """fp16 only: the power of two that brings the largest weight to [1, 2), so that dlogits do not
@@ -143,12 +151,16 @@ class _Gradients:
         for out, weight in pairs:
             if out is not None:
                 part = k.dhidden(dlogits, weight)[: stop - start]
-                out[start:stop] = part if self.inverse == 1.0 else part * self.inverse
+                self.put(out, part if self.inverse == 1.0 else part * self.inverse, span)
         for grad, source in ((self.dweight, x), (self.dadapter_weight, adapter)):
             if grad is not None:
                 grad.add(k, dlogits, source, last)
         if self.dbias is not None:
             k.column_sum(dlogits, self.dbias)
+
+    def put(self, out: Tensor, part: Tensor, span) -> None:
+        """Write the rows of one chunk."""
+        out[slice(*span)] = part
 
     def result(self, loss: Tensor, out: RowOutputs, spread) -> LinearResult:
         if self.dbias is not None and self.inverse != 1.0:
@@ -199,6 +211,8 @@ def check_labels(labels: Tensor, vocab: int, index: Tensor | None) -> None:
 
 def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     """Loss, row statistics and the wanted gradients of one fused linear call."""
+    if call.loop is not None:
+        return call.loop(k, call)
     n, vocab = call.hidden.shape[0], call.weight.shape[0]
     stats = stats_dtype(call.hidden.dtype)
     out = RowOutputs.zeros(n, stats, call.hidden.device, call.wants_coefs)

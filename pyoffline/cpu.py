@@ -64,7 +64,7 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None
         _row_pass(logits, dlogits, rows, out, scale, coefs=rows.coefs.float().contiguous())
         return
     if not rows.codes:
-        _row_pass(logits, None, rows, out, scale)
+        _row_pass(logits, None, rows, out, scale, gap=out.gap)
         return
     if CUSTOM_CODE not in rows.codes[0::3]:
         _row_pass(
@@ -176,7 +176,8 @@ def logits(call: LogitsCall) -> LogitsResult:
     index = None if bool(counted.all()) else counted.nonzero()[:, 0]
     picked = rows.labels if index is None else rows.labels[index]
     check_labels(picked, call.logits.shape[1], index)
-    out = RowOutputs.zeros(n, torch.float32, call.logits.device, call.wants_coefs)
+    device = call.logits.device
+    out = RowOutputs.zeros(n, torch.float32, device, call.wants_coefs, call.wants_gap)
     scale = power_of_two_scale(rows.map(lambda v: v[counted]), call.logits.dtype)
     source = call.logits if call.logits.stride(-1) == 1 else call.logits.contiguous()
     dlogits = None

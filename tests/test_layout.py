@@ -20,10 +20,10 @@ CODE = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench")
 # file (5): it may import the core and is imported by the applications only.
 LAYERS = {
     0: "scalar_ops objective_math checks arrays plan head_rules records",
-    1: "objectives head_hf calls panel_gemm",
-    2: "program head chunk_loop compose",
-    3: "reference cpu token_objectives custom",
-    4: "backends ops autograd token_losses flatten metrics",
+    1: "objectives head_hf calls panel_gemm coupled sequence_math coupled_table",
+    2: "program head chunk_loop compose coupled_units coupled_program",
+    3: "reference cpu token_objectives custom coupled_loop sequence_objectives",
+    4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled",
     6: "__init__",
     7: "config rows row_checks data collate step_weights training checkpoint callbacks trainer"
     " data_advantages pairs units run_folder trainer_config score doctor cli __main__",
