@@ -28,8 +28,8 @@ class Collator:
     columns become `rewards`, `targets`, `group_ids` and (`ref_logps` as one number a row)
     `ref_sums`, each [S].
 
-    Padding is on the right. Another float column becomes [B] (advantages only) or is spread over the
-    completion's tokens; a list column is [B, T], 0 outside the completion. `packing` lays the
+    Padding is on the right. Another float column becomes [B] (advantages only) or is spread over
+    the tokens of the completion; a list column is [B, T], 0 outside it. `packing` lays the
     samples end to end in one row without padding: attention stays inside each (transformers reads
     the restarts of position_ids), and labels at each first token are ignored.
     """

@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 
 from pyoffline import data_advantages, pairs
 from pyoffline.config import DataConfig
+from pyoffline.records import TOKEN_FIELDS
 from pyoffline.row_checks import OPTIONAL, check_row, check_sample
 from pyoffline.rows import read_rows
 from pyoffline.units import make_units, unit_of
 
-COLUMN_OF = {"old": "old_logps", "mu": "behavior_logps", "ref": "ref_logps", "adv": "advantages"}
+COLUMN_OF = {name: field for field, name in TOKEN_FIELDS.items()}
 SEQUENCE_COLUMNS = {"rewards": "reward", "group_ids": "group", "ref_sums": "ref_logps"}
 SHOWN = 20
 CHUNK = 256  # rows tokenised in one call
@@ -87,7 +88,7 @@ class Needs:
         columns = {COLUMN_OF[name] for name in program.reads}
         targets = "target" if unit == "pair" else "label"
         of_sequence = SEQUENCE_COLUMNS | {"targets": targets}
-        columns |= {of_sequence[name] for name in program.sequence_reads}
+        columns |= {of_sequence[name] for name in program.sequence_reads & set(of_sequence)}
         columns |= {"ref_logps"} if "ref_sums" in either else set()
         optional = {of_sequence[n] for n in program.optional if n in of_sequence}
         optional |= {COLUMN_OF[n] for n in objective.program(True).reads - program.reads}

@@ -47,10 +47,10 @@ def run_training(
     with sole:
         start = _checkpoint(run, resume, not check_only)
         tokenizer = load_tokenizer(config.model)
-        train, evaluation, keep = load_data(config, tokenizer)
+        data = load_data(config, tokenizer)
         transformers.set_seed(args.seed)
         lm = load_model(config.model)
-        trainer, stop = build_trainer(config, args, lm, tokenizer, (train, evaluation, keep))
+        trainer, stop = build_trainer(config, args, lm, tokenizer, data)
         return None if check_only else _train(trainer, stop, start)
 
 
@@ -100,8 +100,8 @@ def load_model(model: ModelConfig):
         raise ConfigError(f"model.path {model.path}", [problem]) from None
 
 
-def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, frozenset[str]]:
-    """Both sets and the columns that batches carry. Says on stderr what was left out."""
+def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, Needs]:
+    """Both sets and what batches carry. Says on stderr what was left out."""
     objective = build_objective(config)
     needs = Needs.of(objective, config.advantage)
     sets = []
@@ -121,11 +121,9 @@ def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None
                 f"{path}: cut {data.truncated} rows to {config.data.max_length} tokens\n"
             )
         sets.append(data)
-    reads = objective.program(False).reads
-    keep = set(needs.columns) | set(needs.extras) | ({"advantages"} if "adv" in reads else set())
     if config.trainer.get("aggregation") in ("prompt-mean", "prompt_mean"):
-        keep.add("group")
-    return sets[0], sets[1], frozenset(keep)
+        needs = replace(needs, keep=needs.keep | {"group"})
+    return sets[0], sets[1], needs
 
 
 def build_trainer(config: RunConfig, args, model, tokenizer, data):
@@ -136,7 +134,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     from pyoffline.collate import Collator
     from pyoffline.trainer import OfflineTrainer
 
-    train, evaluation, keep = data
+    train, evaluation, needs = data
     pad = (
         tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
@@ -149,7 +147,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
         "args": args,
         "train_dataset": train,
         "eval_dataset": evaluation,
-        "data_collator": Collator(pad, keep, config.data.packing),
+        "data_collator": Collator(pad, needs.keep, config.data.packing, needs.unit),
         "processing_class": tokenizer,
         "callbacks": [
             JsonlCallback(Path(args.output_dir) / "metrics.jsonl"),

@@ -16,7 +16,7 @@ UNITS = ("row", "pair", "group")
 
 def coupled_rows(objective) -> tuple:
     """Rows of the coupled table that an objective is made of; empty for a token-local one."""
-    return getattr(objective.program(False), "coupled", ())
+    return objective.program(False).coupled
 
 
 def unit_of(objective) -> str:
