@@ -10,6 +10,8 @@ Importing needs torch and numpy only; it starts no threads and touches no GPU.
 from pyoffline import advantages as advantages
 from pyoffline import corrections as corrections
 from pyoffline import diagnostics as diagnostics
+from pyoffline import imitation as imitation
+from pyoffline import reward_models as reward_models
 from pyoffline.aggregate import shift_labels as shift_labels
 from pyoffline.aggregate import token_weights as token_weights
 from pyoffline.backends import backends as backends
@@ -29,6 +31,16 @@ from pyoffline.plan import deterministic as deterministic
 from pyoffline.plan import memory_budget as memory_budget
 from pyoffline.policy_loss import linear_policy_loss as linear_policy_loss
 from pyoffline.policy_loss import policy_loss as policy_loss
+from pyoffline.preference import CPO as CPO
+from pyoffline.preference import DPO as DPO
+from pyoffline.preference import KTO as KTO
+from pyoffline.preference import ORPO as ORPO
+from pyoffline.preference import RRHF as RRHF
+from pyoffline.preference import TPO as TPO
+from pyoffline.preference import WPO as WPO
+from pyoffline.preference import AlphaPO as AlphaPO
+from pyoffline.preference import ListDPO as ListDPO
+from pyoffline.preference import SimPO as SimPO
 from pyoffline.records import LossOutput as LossOutput
 from pyoffline.records import SequenceBatch as SequenceBatch
 from pyoffline.records import TokenBatch as TokenBatch

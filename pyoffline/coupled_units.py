@@ -153,7 +153,8 @@ class Units:
         even = torch.full((self.count,), 1.0 / max(self.count, 1), dtype=torch.float64)
         even = even.to(order.device)
         self.weights = even if rows.weights is None else rows.weights[order].double()
-        self.omega = self._omegas(rows.weights is not None)
+        weighted = rows.weights is not None
+        self.omega = self._omegas(weighted) | {"chosen": self._chosen(weighted)}
 
     def _omegas(self, weighted: bool) -> dict[str, Tensor]:
         """Each sequence's share [S'] of its unit's weight, for every kind of unit."""
@@ -171,6 +172,16 @@ class Units:
             sizes = torch.bincount(at.group)
             out["group"] = 1.0 / (sizes[at.group].double() * sizes.numel())
         return out
+
+    def _chosen(self, weighted: bool) -> Tensor:
+        """[S'] 0 for a rejected sequence, for a chosen one the factor that makes its tokens'
+        default weights 1/(tokens of all chosen ones); weights that are given stay.
+        """
+        at = self.layout
+        chosen = at.members < at.half
+        tokens = torch.where(chosen, at.lengths, 0).sum().clamp(min=1)
+        factor = 1.0 if weighted else self.count / tokens.double()
+        return torch.where(chosen, factor, 0.0).double()
 
     def coupled(self, rows: slice, sequences: slice, stats: RowOutputs) -> Coupled:
         """The record of whole units: these rows and sequences, with their statistics (all of these
