@@ -144,8 +144,10 @@ def _is_known(error: Exception) -> bool:
 def _exit_code(error: Exception) -> int:
     from pyoffline.config import ConfigError
     from pyoffline.data import DataError
+    from pyoffline.run_folder import DamagedCheckpointError, FolderInUseError
 
-    if isinstance(error, ConfigError | DataError | UsageError):
+    nothing_started = ConfigError | DataError | UsageError | DamagedCheckpointError
+    if isinstance(error, nothing_started | FolderInUseError):
         return EXIT_INPUT
     return EXIT_NON_FINITE if isinstance(error, FloatingPointError) else EXIT_FAILED
 

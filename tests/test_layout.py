@@ -28,7 +28,7 @@ LAYERS = {
     4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled",
     6: "__init__",
     7: "config rows row_checks data collate step_weights training checkpoint callbacks trainer"
-    " trainer_config score doctor cli __main__",
+    " data_advantages pairs units run_folder trainer_config score doctor cli __main__",
 }
 APPLICATIONS = ("demo", "benchmarks", "integrations")
 LAYER = {name: n for n, names in LAYERS.items() for name in names.split()}
