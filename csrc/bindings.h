@@ -8,5 +8,6 @@ namespace pyoffline {
 
 void bind_row_pass(py::module_& module);  // bind_row_pass.cpp: row_pass, codes
 void bind_gemm(py::module_& module);      // bind_gemm.cpp: gemm_*, set_gemm
+void bind_distill(py::module_& module);   // bind_distill.cpp: distill_row_pass, divergence_codes
 
 }  // namespace pyoffline
