@@ -144,8 +144,9 @@ void copy_ids(DistillCall& distill, const int64_t* given) {
 void distill_row_pass_py(py::object logits, py::object labels, py::kwargs kwargs) {
   DistillCall distill;
   RowCall& row = distill.row;
-  Keywords keywords(row.call, row.function, std::move(kwargs));
-  read_row_call(row, keywords, logits, labels);
+  Keywords keywords(row.call, std::move(kwargs));
+  const TensorArg label_arg = read_stored_rows(row, keywords, logits, labels);
+  read_row_arguments(row, keywords);
   if (row.args.class_weight)
     row.call.fail("class_weight", "None", "a tensor", "divergences know no class weights");
   read_teacher(distill, keywords);
@@ -154,7 +155,7 @@ void distill_row_pass_py(py::object logits, py::object labels, py::kwargs kwargs
   read_distill_outputs(distill, keywords);
   keywords.check_all_read();
   row.call.check_overlaps();
-  copy_labels(row);
+  check_labels(row, static_cast<const int64_t*>(label_arg.data));
   copy_ids(distill, ids);
   if (row.args.rows == 0) return;
   distill.args.row = row.args;

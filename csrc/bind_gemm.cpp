@@ -1,16 +1,11 @@
 // The three GEMMs as Python calls them; gemm.h has what they compute.
 #include "bindings.h"
 #include "cpu/gemm.h"
+#include "cpu/panel.h"
 
 namespace pyoffline {
 
 namespace {
-
-// An empty matrix may carry any stride: none of them is ever multiplied.
-Matrix matrix(const TensorArg& arg) {
-  return {arg.data, arg.dtype(), arg.shape[0], arg.shape[1],
-          arg.numel() == 0 || arg.shape[0] == 1 ? arg.shape[1] : arg.stride[0]};
-}
 
 void gemm_logits_py(py::object hidden, py::object weight, py::object out, py::object threads) {
   CallArgs call("gemm_logits");
@@ -61,6 +56,8 @@ py::dict gemm_info_py() {
   dict["fp32"] = info.f32;
   dict["library"] = info.library;
   dict["missing"] = info.missing;
+  dict["panels"] = py::dict(py::arg("logits") = kLogitsPanel, py::arg("dhidden") = kDHiddenPanel,
+                            py::arg("dweight") = kDWeightPanel);
   return dict;
 }
 

@@ -1,5 +1,5 @@
-// The arguments of a row pass as Python gives them: reading them is shared by row_pass and
-// distill_row_pass. Not here: the checks of one tensor (tensor_arg.h).
+// The arguments of a row pass as Python gives them; reading them is shared by row_pass, score_rows
+// and distill_row_pass. Not here: the checks of one tensor (tensor_arg.h).
 #pragma once
 
 #include <set>
@@ -13,8 +13,7 @@ namespace pyoffline {
 // Keyword arguments by name; what nobody asked for is an error that names it.
 class Keywords {
  public:
-  Keywords(const CallArgs& call, const char* function, py::kwargs kwargs)
-      : call_(call), function_(function), kwargs_(std::move(kwargs)) {}
+  Keywords(const CallArgs& call, py::kwargs kwargs) : call_(call), kwargs_(std::move(kwargs)) {}
   py::object get(const char* name) {
     asked_.insert(name);
     return kwargs_.contains(name) ? py::object(kwargs_[name]) : py::none();
@@ -31,36 +30,36 @@ class Keywords {
     for (const auto& item : kwargs_) {
       const std::string name = py::str(item.first);
       if (!asked_.count(name))
-        throw py::type_error(function_ + ": unknown argument '" + name + "'; see help(" +
-                             function_ + ")");
+        throw py::type_error(call_.function() + ": unknown argument '" + name + "'; see help(" +
+                             call_.function() + ")");
     }
   }
 
  private:
   const CallArgs& call_;
-  std::string function_;
   py::kwargs kwargs_;
   std::set<std::string> asked_;
 };
 
 // What RowArgs points into: kept for the length of the call.
 struct RowCall {
-  explicit RowCall(const char* name) : function(name), call(name) {}
-  const char* function;
+  explicit RowCall(const char* function) : call(function) {}
   CallArgs call;
   RowArgs args{};
-  const int64_t* given_labels = nullptr;
   std::vector<int64_t> labels;
   std::vector<const float*> extras;
   std::vector<Term> terms;
 };
 
-// Every argument of row_pass but the check of the labels; nothing is written.
-void read_row_call(RowCall& row, Keywords& keywords, py::handle logits, py::handle labels);
+// logits, dlogits, labels (as given), ignore_index, threads.
+TensorArg read_stored_rows(RowCall& row, Keywords& keywords, py::handle logits, py::handle labels);
+
+// The head, the row inputs and outputs, and the program, in the order in which errors are found.
+void read_row_arguments(RowCall& row, Keywords& keywords);
 
 // Copies the labels; a bad one at a row that is never read becomes ignore_index, any other is an
 // IndexError.
-void copy_labels(RowCall& row);
+void check_labels(RowCall& row, const int64_t* labels);
 
 // Only a list or tuple: iterating over an array would read whatever its strides say.
 py::tuple tuple_arg(const CallArgs& call, py::handle object, const std::string& name);

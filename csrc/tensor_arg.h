@@ -59,6 +59,7 @@ struct TensorArg {
 class CallArgs {
  public:
   explicit CallArgs(const char* function) : function_(function) {}
+  const std::string& function() const { return function_; }
 
   // Rank = number of sizes; the last dimension must have unit stride, and a [n] array is
   // contiguous. A matrix may have any row stride (of at least its row length where `blas` or an

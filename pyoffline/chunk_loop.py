@@ -34,6 +34,9 @@ class Kernels(Protocol):
         memory).
         """
 
+    def score(self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs) -> bool:
+        """Fill `out` for all rows at once without storing logits; False where that cannot be."""
+
     def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
         """[C, D] fp32 (fp64) = dlogits @ weight."""
 
@@ -215,6 +218,9 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     check_labels(rows.labels, vocab, index)
     hidden, adapter = gather(call.hidden), gather(call.adapter_hidden)
     part = out.map(lambda v: v if index is None else v[..., :count].clone())
+    if not call.needs.any and k.score(call, hidden, rows, part):
+        loss = k.weighted_sum(part.loss, rows.weights)
+        return LinearResult(loss, part.map(lambda x: _spread(x, index, n, -1)))
     plan = plan_chunks(count, vocab, call.logits_dtype.itemsize, call.plan, k.device)
     scale = power_of_two_scale(rows, call.hidden.dtype)
     bounds = plan.bounds
@@ -236,12 +242,17 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
         if dlogits is not None:
             grads.add(dlogits, x, u, (start, stop), stop == count)
     loss = k.weighted_sum(part.loss, rows.weights)
+    return grads.result(
+        loss,
+        part.map(lambda x: _spread(x, index, n, -1)),
+        lambda x: _spread(x, index, n, 0),
+    )
 
-    def spread(x, dim=0):
-        if x is None or index is None:
-            return x
-        shape = list(x.shape)
-        shape[dim] = n
-        return torch.zeros(shape, dtype=x.dtype, device=x.device).index_copy_(dim, index, x)
 
-    return grads.result(loss, part.map(lambda x: spread(x, -1)), spread)
+def _spread(x: Tensor | None, index: Tensor | None, n: int, dim: int) -> Tensor | None:
+    """Compacted rows back to their places among `n`; the others are 0."""
+    if x is None or index is None:
+        return x
+    shape = list(x.shape)
+    shape[dim] = n
+    return torch.zeros(shape, dtype=x.dtype, device=x.device).index_copy_(dim, index, x)

@@ -6,6 +6,8 @@ of the weight are widened to fp32 and multiplied there (`panel_gemm.py`). Not he
 """
 
 import dataclasses
+import functools
+import math
 
 import torch
 
@@ -13,6 +15,7 @@ from pyoffline import _C, panel_gemm
 from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, RowOutputs, Rows
 from pyoffline.chunk_loop import WeightGrad, check_labels, power_of_two_scale, run_linear
 from pyoffline.objectives import TABLE
+from pyoffline.plan import PlanSettings
 from pyoffline.program import CUSTOM_CODE, RowScalars, evaluate
 
 _table = {name: row.code for name, row in TABLE.items()}
@@ -20,71 +23,58 @@ if _C.codes() != _table:
     raise ImportError("pyoffline._C and pyoffline.objectives disagree on the table: rebuild")
 
 
+_GEMM_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
 def has_vendor_gemm(dtype: torch.dtype) -> bool:
     """Whether libtorch carries the mixed-precision GEMM for this dtype."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return dtype in names and bool(_C.gemm_info()[names[dtype]])
+    return dtype.itemsize == 2 and bool(_C.gemm_info()[_GEMM_NAMES[dtype]])
 
 
-def _row_pass(logits, dlogits, rows: Rows, out: RowOutputs, scale: float, gap=None, **program):
+def _shared(rows: Rows, out: RowOutputs) -> dict:
+    """The keywords of `_C.row_pass` and `_C.score_rows` that every call has."""
     head = rows.head
-    coefs_out = None
-    if out.coefs is not None and "coefs" not in program:
-        coefs_out = torch.empty(out.coefs.shape)
-    _C.row_pass(
-        logits,
-        rows.labels,
-        dlogits=dlogits,
-        bias=rows.bias,
-        class_weight=rows.class_weight,
-        temperature=rows.temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        uniform_temperature=head.temperature,
-        ignore_index=rows.ignore_index,
-        grad_scale=scale,
-        weights=rows.weights,
-        gap=gap,
-        logps=out.logps,
-        entropy=out.entropy,
-        lse=out.lse,
-        log_sum_p2=out.log_sum_p2,
-        is_top1=out.is_top1,
-        coefs_out=coefs_out,
-        threads=torch.get_num_threads(),
-        **program,
+    return {
+        "bias": rows.bias,
+        "class_weight": rows.class_weight,
+        "temperature": rows.temperature,
+        "softcap": head.softcap,
+        "logit_scale": head.logit_scale,
+        "uniform_temperature": head.temperature,
+        "ignore_index": rows.ignore_index,
+        "weights": rows.weights,
+        "logps": out.logps,
+        "entropy": out.entropy,
+        "lse": out.lse,
+        "log_sum_p2": out.log_sum_p2,
+        "is_top1": out.is_top1,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _run_program(rows: Rows, out: RowOutputs, sweep) -> None:
+    """`sweep` with the program of C++ rows, its results in `out`."""
+    coefs = None if out.coefs is None else torch.empty(out.coefs.shape)
+    sweep(
+        **_shared(rows, out),
+        coefs_out=coefs,
+        loss=out.loss,
+        old=rows.old,
+        mu=rows.mu,
+        ref=rows.ref,
+        adv=rows.adv,
+        extras=tuple(rows.extras.values()),
+        codes=rows.codes,
+        hyper=rows.hyper,
     )
-    if coefs_out is not None:
-        out.coefs.copy_(coefs_out)
+    if coefs is not None:
+        out.coefs.copy_(coefs)
 
 
-def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None:
-    """One row pass; a custom Python term runs between its two halves, on C-vectors."""
-    if rows.coefs is not None:
-        _row_pass(logits, dlogits, rows, out, scale, coefs=rows.coefs.float().contiguous())
-        return
-    if not rows.codes:
-        _row_pass(logits, None, rows, out, scale)
-        return
-    if CUSTOM_CODE not in rows.codes[0::3]:
-        _row_pass(
-            logits,
-            dlogits,
-            rows,
-            out,
-            scale,
-            loss=out.loss,
-            old=rows.old,
-            mu=rows.mu,
-            ref=rows.ref,
-            adv=rows.adv,
-            extras=tuple(rows.extras.values()),
-            codes=rows.codes,
-            hyper=rows.hyper,
-        )
-        return
+def _run_custom(rows: Rows, out: RowOutputs, sweep) -> torch.Tensor:
+    """Statistics by `sweep`, then the program on C-vectors; gives its coefs [4, C]."""
     gap = torch.empty_like(out.lse)
-    _row_pass(logits, None, rows, out, scale, gap=gap)
+    sweep(**_shared(rows, out), gap=gap)
     scalars = RowScalars(
         out.logps, out.entropy, out.lse, gap, rows.old, rows.mu, rows.ref, rows.adv
     )
@@ -93,8 +83,36 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None
     out.loss.copy_(torch.where(counted, loss, 0.0))
     if out.coefs is not None:
         out.coefs.copy_(torch.where(counted, torch.stack(coefs), 0.0))
-    if dlogits is not None:
-        _row_pass(logits, dlogits, rows, out, scale, coefs=torch.stack(coefs))
+    return torch.stack(coefs)
+
+
+def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None:
+    """One row pass; a custom Python term runs between its two halves, on C-vectors."""
+    sweep = functools.partial(_C.row_pass, logits, rows.labels)
+    gradient = functools.partial(sweep, dlogits=dlogits, grad_scale=scale)
+    if rows.coefs is not None:
+        gradient(**_shared(rows, out), coefs=rows.coefs.float().contiguous())
+    elif not rows.codes:
+        sweep(**_shared(rows, out))
+    elif CUSTOM_CODE not in rows.codes[0::3]:
+        _run_program(rows, out, gradient)
+    else:
+        coefs = _run_custom(rows, out, sweep)
+        if dlogits is not None:
+            gradient(**_shared(rows, out), coefs=coefs)
+
+
+# Rows that one product of `_C.score_rows` takes at most: beyond it the weight is packed again, to
+# no measured loss, and the panel of fp32 sums stays within 64 MiB.
+SCORE_ROWS = 4096
+
+
+def _score_block(plan: PlanSettings, count: int) -> int:
+    """Rows of a block: what the overrides allow, evenly cut."""
+    limit = plan.rows or SCORE_ROWS
+    if plan.budget:
+        limit = min(limit, max(1, plan.budget // (4 * _C.gemm_info()["panels"]["logits"])))
+    return limit if plan.rows else math.ceil(count / math.ceil(count / limit))
 
 
 class CpuKernels:
@@ -124,6 +142,28 @@ class CpuKernels:
             dlogits = logits if grad == logits.dtype else logits.view(grad)[:, : logits.shape[1]]
         run_rows(logits[:size], None if dlogits is None else dlogits[:size], rows, out, scale)
         return dlogits
+
+    def score(self, call, hidden, rows, out):
+        """Rows without gradient, their logits folded panel by panel over V and never stored."""
+        if call.plan.deterministic or call.adapter_weight is not None:
+            return False
+        if not _C.gemm_info()[_GEMM_NAMES[hidden.dtype]] or call.logits_dtype not in _GEMM_NAMES:
+            return False
+        sweep = functools.partial(
+            _C.score_rows,
+            hidden,
+            call.weight,
+            rows.labels,
+            logits_dtype=str(call.logits_dtype).removeprefix("torch."),
+            block_rows=_score_block(call.plan, hidden.shape[0]),
+        )
+        if not rows.codes:
+            sweep(**_shared(rows, out))
+        elif CUSTOM_CODE in rows.codes[0::3]:
+            _run_custom(rows, out, sweep)
+        else:
+            _run_program(rows, out, sweep)
+        return True
 
     def dhidden(self, dlogits, weight):
         out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=torch.float32)

@@ -11,9 +11,17 @@ from pyoffline.plan import MIB, current_settings, plan_chunks
 PER_ROW_BYTES = 64  # row scalars, labels and their compacted copies
 # What MKL keeps after a product, measured at C = 256 and 1024, D = 256 and 1024 (2026-11-21).
 # Half precision: two fp32 copies of a panel's operands, beside the panel of fp32 logits itself
-# (widths of csrc/cpu/gemm.cpp). fp32: packing blocks of a thread, whatever V (less below C = 100).
-LOGITS_PANEL, DHIDDEN_PANEL = 4096, 2048
+# (widths of csrc/cpu/panel.h). fp32: packing blocks of a thread, whatever V (less below C = 100).
 SGEMM_NBYTES, SGEMM_NBYTES_PER_COLUMN = 9 * MIB, 5 * 1024
+
+
+def _panels() -> dict[str, int]:
+    """Panel widths of the C++ products; none of them without the extension."""
+    try:
+        from pyoffline import _C
+    except ImportError:
+        return {"logits": 0, "dhidden": 0}
+    return _C.gemm_info()["panels"]
 
 
 def _gemm_nbytes(rows: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
@@ -24,8 +32,9 @@ def _gemm_nbytes(rows: int, hidden: int, dtype: torch.dtype, device: str) -> tup
     if dtype == torch.float32:
         block = SGEMM_NBYTES + SGEMM_NBYTES_PER_COLUMN * hidden
         return part, torch.get_num_threads() * block
-    copies = rows * DHIDDEN_PANEL + LOGITS_PANEL * hidden + rows * hidden
-    return max(part, rows * LOGITS_PANEL * 4), 8 * copies
+    panels = _panels()
+    copies = rows * panels["dhidden"] + panels["logits"] * hidden + rows * hidden
+    return max(part, rows * panels["logits"] * 4), 8 * copies
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@
 #include "dispatch_internal.h"
 #include "distill_kernels.h"
 #include "parallel.h"
-#include "row_driver.h"
+#include "row_memory.h"
 
 namespace pyoffline {
 
@@ -65,7 +65,7 @@ RowInput short_row(const std::vector<float>& log_p, int64_t count) {
 Student read_student(const Call& call, int64_t row, int64_t run_end) {
   const RowArgs& args = call.args.row;
   Student out;
-  out.in = describe(args, row, run_end);
+  out.in = describe_stored(args, row, run_end);
   out.coefs = args.coefs ? given_coefs(args, row) : Coefs{};
   const int level = out.coefs.b != 0.0f && call.level < 1 ? 1 : call.level;
   call.kernels.sums(out.in, args.labels[row], level, &out.sums);
@@ -76,7 +76,7 @@ Student read_student(const Call& call, int64_t row, int64_t run_end) {
 
 Teacher whole_row(const Call& call, int64_t row, int64_t run_end, const Student& student) {
   const RowArgs& args = call.args.teacher;
-  const RowInput in = describe(args, row, run_end);
+  const RowInput in = describe_stored(args, row, run_end);
   RowSums sums;
   call.kernels.sums(in, 0, 1, &sums);
   const RowStats stats = finish_stats(sums, args.vocab, static_cast<double>(args.vocab));
@@ -221,7 +221,7 @@ void run_row(const Call& call, int64_t row, int64_t run_end, Buckets& buckets) {
 
 void distill_row_pass(const DistillArgs& args) {
   const Kernels& kernels = active_kernels();
-  const int level = std::max(1, sums_level(args.row));
+  const int level = std::max(1, make_plan(args.row).level);
   const Call call = {args, kernels, distill_kernels(kernels.name), level};
   const int64_t rows = args.row.rows;
   const bool small = rows * args.row.vocab < (1 << 15);

@@ -1,46 +1,63 @@
-// What the row drivers do once a row, for the baseline files of this directory: which rows count,
-// where a row lies, how z follows from it, its outputs.
+// What every driver of rows shares: the plan of a call, where a row's inputs are, where its results
+// go, and the objective.
 //
-// Included by row_pass.cpp and distill_row_pass.cpp only, which are compiled for one and the same
-// CPU. Not here: the loop over rows, any sweep.
+// Compiled for the baseline CPU only. Not here: loops over rows (row_pass.cpp, score.cpp), vector
+// code (sweeps.h).
 #pragma once
 
-#include <math.h>
-#include <string.h>
-
+#include <cmath>
 #include <limits>
 
 #include "../row_pass.h"
-#include "half_bits.h"
-#include "kernels.h"
+#include "dispatch_internal.h"
 
 namespace pyoffline {
-namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 inline int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
+// What is the same for every row of a call.
+struct Plan {
+  const RowArgs& args;
+  const Kernels& kernels;
+  int level;          // of RowSums, for the outputs and the program
+  bool writes_stats;  // any output besides dlogits, or a program to evaluate
+  double sum_u;       // of the class weights
+};
+
+inline double sum_class_weights(const RowArgs& args) {
+  if (!args.class_weight) return static_cast<double>(args.vocab);
+  double sums[4] = {0, 0, 0, 0};
+  for (int64_t v = 0; v < args.vocab; ++v) sums[v & 3] += args.class_weight[v];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+inline Plan make_plan(const RowArgs& args) {
+  int level = args.entropy || args.log_sum_p2 ? 1 : 0;
+  if (args.gap) level = 2;
+  for (int32_t k = 0; k < args.n_terms; ++k) {
+    const Term& term = args.terms[k];
+    if (term.scale == 0.0f) continue;
+    if (term.code == entropy_term_code && level < 1) level = 1;
+    if (term.code == smoothing_code) level = 2;
+  }
+  const bool writes_stats = !args.coefs || args.loss || args.logps || args.entropy || args.lse ||
+                            args.gap || args.log_sum_p2 || args.is_top1;
+  return {args, active_kernels(), level, writes_stats, sum_class_weights(args)};
+}
+
 inline bool is_counted(const RowArgs& args, int64_t row) {
   return args.labels[row] != args.ignore_index && !(args.weights && args.weights[row] == 0.0f);
-}
-
-inline const char* logits_row(const RowArgs& args, int64_t row) {
-  return static_cast<const char*>(args.logits) +
-         row * args.logits_stride * size_of(args.logits_type);
-}
-
-inline char* dlogits_row(const RowArgs& args, int64_t row) {
-  return static_cast<char*>(args.dlogits) + row * args.dlogits_stride * size_of(args.dlogits_type);
 }
 
 inline double temperature_of(const RowArgs& args, int64_t row) {
   return args.temperature ? args.temperature[row] : args.uniform_temperature;
 }
 
-inline RowInput describe(const RowArgs& args, int64_t row, int64_t run_end) {
+// Everything but where the row and the next one lie.
+inline RowInput describe(const RowArgs& args, int64_t row) {
   RowInput in;
-  in.logits = logits_row(args, row);
   in.type = args.logits_type;
   in.vocab = args.vocab;
   in.bias = args.bias;
@@ -48,14 +65,13 @@ inline RowInput describe(const RowArgs& args, int64_t row, int64_t run_end) {
   const double scale = args.logit_scale, temperature = temperature_of(args, row);
   in.sign = scale / temperature < 0.0 ? -1.0f : 1.0f;
   if (args.softcap != 0.0f) {
-    in.slope = static_cast<float>(args.softcap / fabs(temperature));
-    in.inner = static_cast<float>(fabs(scale) / args.softcap);
+    in.slope = static_cast<float>(args.softcap / std::fabs(temperature));
+    in.inner = static_cast<float>(std::fabs(scale) / args.softcap);
   } else {
-    in.slope = static_cast<float>(fabs(scale / temperature));
+    in.slope = static_cast<float>(std::fabs(scale / temperature));
     in.inner = 0.0f;
   }
-  ++row;
-  in.next = row < run_end && is_counted(args, row) ? logits_row(args, row) : nullptr;
+  in.logits = in.next = nullptr;
   return in;
 }
 
@@ -75,24 +91,6 @@ inline void write_coefs(const RowArgs& args, int64_t row, const Coefs& coefs) {
   for (int k = 0; k < 4; ++k) args.coefs_out[k * args.rows + row] = values[k];
 }
 
-inline void zero_dlogits(const RowArgs& args, int64_t row) {
-  if (args.dlogits) memset(dlogits_row(args, row), 0, args.vocab * size_of(args.dlogits_type));
-}
-
-inline void nan_dlogits(const RowArgs& args, int64_t row) {
-  char* out = dlogits_row(args, row);
-  for (int64_t v = 0; v < args.vocab; ++v) {
-    if (args.dlogits_type == DType::f32) from_float(kNan, reinterpret_cast<float*>(out) + v);
-    if (args.dlogits_type == DType::bf16) from_float(kNan, reinterpret_cast<bf16*>(out) + v);
-    if (args.dlogits_type == DType::f16) from_float(kNan, reinterpret_cast<f16*>(out) + v);
-  }
-}
-
-inline Coefs given_coefs(const RowArgs& args, int64_t row) {
-  const float* c = args.coefs + row;
-  return {0.0f, c[0], c[args.rows], c[2 * args.rows], c[3 * args.rows]};
-}
-
 inline Coefs evaluate(const RowArgs& args, int64_t row, const RowStats& stats) {
   auto at = [row](const float* x) { return x ? x[row] : kNan; };
   const TokenIn token = {
@@ -101,20 +99,4 @@ inline Coefs evaluate(const RowArgs& args, int64_t row, const RowStats& stats) {
   return evaluate_program(args.terms, args.n_terms, token, args.extras, row);
 }
 
-inline bool all_zero(const Coefs& c) { return c.a == 0 && c.b == 0 && c.c == 0 && c.e == 0; }
-
-// The level of RowSums that the outputs and the program need.
-inline int sums_level(const RowArgs& args) {
-  int level = args.entropy || args.log_sum_p2 ? 1 : 0;
-  if (args.gap) level = 2;
-  for (int32_t k = 0; k < args.n_terms; ++k) {
-    const Term& term = args.terms[k];
-    if (term.scale == 0.0f) continue;
-    if (term.code == entropy_term_code && level < 1) level = 1;
-    if (term.code == smoothing_code) level = 2;
-  }
-  return level;
-}
-
-}  // namespace
 }  // namespace pyoffline

@@ -5,38 +5,14 @@
 // Rows are handed out in runs, because a row's sweeps pull the next one of the run into L2. An
 // ignored row, or one of weight 0, is never read. Compiled for the baseline CPU; the sweeps come
 // from the table of the chosen instruction set. Not here: argument checks.
-#include "../row_pass.h"
-
 #include "dispatch.h"
-#include "dispatch_internal.h"
 #include "parallel.h"
 #include "row_driver.h"
+#include "row_memory.h"
 
 namespace pyoffline {
 
 namespace {
-
-// What is the same for every row of a call.
-struct Plan {
-  const RowArgs& args;
-  const Kernels& kernels;
-  int level;          // of RowSums, for the outputs and the program
-  bool writes_stats;  // any output besides dlogits, or a program to evaluate
-  double sum_u;       // of the class weights
-};
-
-double sum_class_weights(const RowArgs& args) {
-  if (!args.class_weight) return static_cast<double>(args.vocab);
-  double sums[4] = {0, 0, 0, 0};
-  for (int64_t v = 0; v < args.vocab; ++v) sums[v & 3] += args.class_weight[v];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-Plan make_plan(const RowArgs& args) {
-  const bool writes_stats = !args.coefs || args.loss || args.logps || args.entropy || args.lse ||
-                            args.gap || args.log_sum_p2 || args.is_top1;
-  return {args, active_kernels(), sums_level(args), writes_stats, sum_class_weights(args)};
-}
 
 void write_gradient(const Plan& plan, int64_t row, const RowInput& in, const Coefs& coefs,
                     const RowSums& sums, const RowStats& stats) {
@@ -66,7 +42,7 @@ void run_row(const Plan& plan, int64_t row, int64_t run_end) {
   Coefs coefs = args.coefs ? given_coefs(args, row) : Coefs{};
   const bool is_silent = args.coefs && all_zero(coefs);
   if (plan.writes_stats || !is_silent) {
-    const RowInput in = describe(args, row, run_end);
+    const RowInput in = describe_stored(args, row, run_end);
     const int level = args.coefs && coefs.b != 0.0f && plan.level < 1 ? 1 : plan.level;
     RowSums sums;
     plan.kernels.sums(in, args.labels[row], level, &sums);
