@@ -49,6 +49,7 @@ class Rows:
     bias: Tensor | None = None  # [V]
     class_weight: Tensor | None = None  # [V]
     ignore_index: int = -100
+    index: Tensor | None = None  # [N] where a row lies in the call's batch, int64
 
     def counts(self) -> Tensor:
         """[N] bool: rows that are read at all."""
@@ -71,7 +72,7 @@ class Rows:
         return replace(self, extras={k: fn(v) for k, v in self.extras.items()}, **new)
 
 
-_PER_ROW = frozenset({"labels", "weights", "old", "mu", "ref", "adv", "temperature"})
+_PER_ROW = frozenset({"labels", "weights", "old", "mu", "ref", "adv", "temperature", "index"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,7 @@ class LinearCall:
     adapter_hidden: Tensor | None = None  # [N, r]
     adapter_weight: Tensor | None = None  # [V, r]
     wants_coefs: bool = False
+    beside: int = 0  # bytes per logit that the row pass keeps beside the chunk (a teacher's chunk)
 
 
 @dataclass(frozen=True, eq=False)
