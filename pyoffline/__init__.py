@@ -22,6 +22,14 @@ from pyoffline.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from pyoffline.custom import ShapedIS as ShapedIS
 from pyoffline.custom import custom as custom
 from pyoffline.custom import register_objective as register_objective
+from pyoffline.distill import cosine_distill_loss as cosine_distill_loss
+from pyoffline.distill import linear_distill_loss as linear_distill_loss
+from pyoffline.divergences import JSD as JSD
+from pyoffline.divergences import TVD as TVD
+from pyoffline.divergences import AlphaDivergence as AlphaDivergence
+from pyoffline.divergences import ForwardKL as ForwardKL
+from pyoffline.divergences import RenyiDivergence as RenyiDivergence
+from pyoffline.divergences import ReverseKL as ReverseKL
 from pyoffline.explain import explain as explain
 from pyoffline.head import Head as Head
 from pyoffline.logps import linear_token_logps as linear_token_logps
@@ -59,6 +67,9 @@ from pyoffline.sequence_objectives import (
 from pyoffline.sequence_objectives import KLRegularizedPG as KLRegularizedPG
 from pyoffline.sequence_objectives import RenyiRWR as RenyiRWR
 from pyoffline.sequence_objectives import SequencePowerIS as SequencePowerIS
+from pyoffline.teachers import TeacherHead as TeacherHead
+from pyoffline.teachers import TeacherLogits as TeacherLogits
+from pyoffline.teachers import TeacherTopK as TeacherTopK
 from pyoffline.token_objectives import CISPO as CISPO
 from pyoffline.token_objectives import DFT as DFT
 from pyoffline.token_objectives import DPPO as DPPO

@@ -12,17 +12,24 @@ from dataclasses import dataclass
 
 import torch
 
-OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps")
+DISTILL = "linear_distill_loss"
+OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps", DISTILL)
 NAMES = ("reference", "cpu", "triton", "cuda")
 # First available wins. GPU order is to be set by committed benchmarks (bench/results/).
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 MODULES = {"reference": "pyoffline.reference", "cpu": "pyoffline.cpu"}
+# Ops that are modules of their own; a backend that is not in its row does not serve the op.
+OP_MODULES = {DISTILL: {"reference": "pyoffline.reference_distill", "cpu": "pyoffline.cpu_distill"}}
 
 _choice = contextvars.ContextVar("pyoffline_backend", default="auto")
 
 
-def why_not(name: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    name: str, device: str, dtype: torch.dtype | None = None, op: str | None = None
+) -> str | None:
     """None when the backend can serve tensors on this device, else the reason in words."""
+    if name not in OP_MODULES.get(op, NAMES):
+        return f"the {name} backend has no {op}"
     if name == "reference":
         return None
     if name in ("triton", "cuda"):
@@ -60,28 +67,30 @@ def use_backend(name: str):
         _choice.reset(token)
 
 
-def pick(device: str, dtype: torch.dtype) -> str:
-    """The backend for tensors of this device and dtype. A compiled graph carries "auto" instead
-    and picks when it runs: `use_backend` holds for it too, and is nothing to guard on.
+def pick(device: str, dtype: torch.dtype, op: str | None = None) -> str:
+    """The backend for tensors of this device and dtype (and this op). A compiled graph carries
+    "auto" instead and picks when it runs: `use_backend` holds for it too, and is nothing to guard
+    on.
     """
     if torch.compiler.is_compiling():
         return "auto"
     name = _choice.get()
     if name != "auto":
-        reason = why_not(name, device, dtype)
+        reason = why_not(name, device, dtype, op)
         if reason:
             raise RuntimeError(f"backend {name!r}: {reason}")
         return name
-    return next(n for n in ORDER.get(device, ("reference",)) if why_not(n, device, dtype) is None)
+    order = ORDER.get(device, ("reference",))
+    return next(n for n in order if why_not(n, device, dtype, op) is None)
 
 
-def load(name: str, x: torch.Tensor):
+def load(name: str, x: torch.Tensor, op: str | None = None):
     """The module of a backend (for "auto": the one picked now, for `x`): it has
-    `linear(LinearCall)` and `logits(LogitsCall)`.
+    `linear(LinearCall)` and `logits(LogitsCall)`, or for an op of OP_MODULES that op's function.
     """
     if name == "auto":
-        name = pick(x.device.type, x.dtype)
-    return importlib.import_module(MODULES[name])
+        name = pick(x.device.type, x.dtype, op)
+    return importlib.import_module(OP_MODULES.get(op, MODULES)[name])
 
 
 @dataclass(frozen=True)
@@ -105,12 +114,12 @@ def backends() -> BackendTable:
     rows = []
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         for op in OPS:
-            picked = pick(device, torch.float32)
+            picked = pick(device, torch.float32, op)
             others = []
             for name in NAMES:
                 if name == picked:
                     continue
-                reason = why_not(name, device)
+                reason = why_not(name, device, op=op)
                 if reason is None:
                     forced = f"use_backend({_choice.get()!r}) is in force"
                     slower = f"available, after {picked} in the order for {device}"

@@ -50,6 +50,7 @@ class Rows:
     bias: Tensor | None = None  # [V]
     class_weight: Tensor | None = None  # [V]
     ignore_index: int = -100
+    index: Tensor | None = None  # [N] where a row lies in the call's batch, int64
 
     def counts(self) -> Tensor:
         """[N] bool: rows that are read at all."""
@@ -72,7 +73,7 @@ class Rows:
         return replace(self, extras={k: fn(v) for k, v in self.extras.items()}, **new)
 
 
-_PER_ROW = frozenset({"labels", "weights", "old", "mu", "ref", "adv", "temperature"})
+_PER_ROW = frozenset({"labels", "weights", "old", "mu", "ref", "adv", "temperature", "index"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +138,7 @@ class LinearCall:
     wants_coefs: bool = False
     # (kernels, call) -> LinearResult: another loop over the same kernels (coupled objectives)
     loop: Callable | None = None
+    beside: int = 0  # bytes per logit that the row pass keeps beside the chunk (a teacher's chunk)
 
 
 @dataclass(frozen=True, eq=False)

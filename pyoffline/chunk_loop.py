@@ -235,7 +235,8 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     if not call.needs.any and k.score(call, hidden, rows, part):
         loss = k.weighted_sum(part.loss, rows.weights)
         return LinearResult(loss, part.map(lambda x: _spread(x, index, n, -1)))
-    plan = plan_chunks(count, vocab, call.logits_dtype.itemsize, call.plan, k.device)
+    nbytes = call.logits_dtype.itemsize + call.beside
+    plan = plan_chunks(count, vocab, nbytes, call.plan, k.device)
     scale = power_of_two_scale(rows, call.hidden.dtype)
     bounds = plan.bounds
     grads = _Gradients(k, call, count, len(bounds), scale)

@@ -52,21 +52,23 @@ def _shared(rows: Rows, out: RowOutputs) -> dict:
     }
 
 
+def row_arguments(rows: Rows, out: RowOutputs) -> dict:
+    """Those keywords and what a program reads per token."""
+    return {
+        **_shared(rows, out),
+        "old": rows.old,
+        "mu": rows.mu,
+        "ref": rows.ref,
+        "adv": rows.adv,
+        "extras": tuple(rows.extras.values()),
+    }
+
+
 def _run_program(rows: Rows, out: RowOutputs, sweep) -> None:
     """`sweep` with the program of C++ rows, its results in `out`."""
     coefs = None if out.coefs is None else torch.empty(out.coefs.shape)
-    sweep(
-        **_shared(rows, out),
-        coefs_out=coefs,
-        loss=out.loss,
-        old=rows.old,
-        mu=rows.mu,
-        ref=rows.ref,
-        adv=rows.adv,
-        extras=tuple(rows.extras.values()),
-        codes=rows.codes,
-        hyper=rows.hyper,
-    )
+    program = {"codes": rows.codes, "hyper": rows.hyper}
+    sweep(**row_arguments(rows, out), coefs_out=coefs, loss=out.loss, **program)
     if coefs is not None:
         out.coefs.copy_(coefs)
 

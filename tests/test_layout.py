@@ -19,13 +19,15 @@ CODE = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench")
 # A module may import modules of its own number or lower. What is not listed is a public function's
 # file (5): it may import the core and is imported by the applications only.
 LAYERS = {
-    0: "scalar_ops objective_math preference_math ranking_math checks arrays plan head_rules"
-    " records",
+    0: "scalar_ops objective_math preference_math ranking_math divergence_math checks arrays plan"
+    " head_rules records",
     1: "objectives head_hf calls panel_gemm coupled sequence_math group_math preference_rows"
     " coupled_table",
     2: "program head chunk_loop compose coupled_units coupled_program",
-    3: "reference cpu token_objectives custom coupled_loop sequence_objectives preference",
-    4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled",
+    3: "reference cpu token_objectives custom coupled_loop sequence_objectives preference"
+    " divergences distill_loop reference_distill cpu_distill",
+    4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled teachers"
+    " distill_ops",
     6: "__init__",
     7: "config rows row_checks data collate step_weights training checkpoint callbacks trainer"
     " data_advantages pairs units run_folder trainer_config score doctor cli __main__",
