@@ -11,9 +11,9 @@ from functools import cache
 
 import torch
 
-GROUPS_PER_THREAD = 2
+GROUPS_PER_THREAD = 4
 # (largest vocabulary, warps of 32 threads, programs that one SM holds at 64 registers a thread)
-ROW_WARPS = ((2048, 4, 8), (32768, 16, 2), (None, 32, 1))
+ROW_WARPS = ((4096, 4, 4), (None, 16, 1))
 # Part of L2 that the rows in flight may fill: the rest is for weights, bias and the other stream.
 L2_SHARE = 0.8
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from pyoffline.kernels.configs import row_config
 from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
 from pyoffline.kernels.objective_functions import evaluate_program, product
-from pyoffline.kernels.row_sums import LOG2_E, bent, load_u, load_y, sum_row
+from pyoffline.kernels.row_sums import LOG2_E, bent, load_u, load_y, places, sum_row
 from pyoffline.kernels.scalar_ops import exp, expm1, log1p
 from pyoffline.objectives import TABLE
 
@@ -77,15 +77,17 @@ def gradient_constants(coefs, stats, factor, vocab, mean_u, u_label, damp_label)
 
 @triton.jit
 def gradient_tile(
-    x_ptr, g_ptr, start, offs, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
+    x_ptr, g_ptr, base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
     sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
-    NARROWS: tl.constexpr, MASKED: tl.constexpr,
+    NARROWS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of dlogits."""
     from_p, from_pt, from_u, at_label, at_zero = constants
-    offs = start + offs
-    y = load_y(x_ptr, offs, vocab, bias_ptr, sign, inner, BENDS, SIGNED, MASKED)
+    offs, mask = places(base, vocab, GROUP, WHOLE)
+    y = load_y(
+        x_ptr, base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, WHOLE
+    )  # fmt: skip
     dy = y - sums[0]
     e = tl.exp2(dy * slope2)
     if WANT_PT:
@@ -94,7 +96,7 @@ def gradient_tile(
         scaled = e * from_p
     dz = tl.where(e == 0.0, at_zero, scaled)
     if WANT_U:
-        u = load_u(class_weight_ptr, offs, vocab, True, MASKED)
+        u = load_u(class_weight_ptr, base, vocab, True, MASKED, GROUP, WHOLE)
         dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
     if BENDS:
         damp = 1.0 - y * y
@@ -103,7 +105,7 @@ def gradient_tile(
     if NARROWS:  # the tile's gradient lies over logits of this tile: all are read before
         tl.debug_barrier()
     if MASKED:
-        tl.store(g_ptr + offs, dz, mask=offs < vocab)
+        tl.store(g_ptr + offs, dz, mask=mask)
     else:
         tl.store(g_ptr + offs, dz)
 
@@ -112,32 +114,37 @@ def gradient_tile(
 def gradient_row(
     x_ptr, g_ptr, label, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
-    NARROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    NARROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Second sweep of a row, tiles in ascending order."""
     BLOCK: tl.constexpr = LANES * GROUP
-    offs = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    base = tl.arange(0, LANES)[:, None] * GROUP
     full = (vocab // BLOCK) * BLOCK
     for start in range(0, full, BLOCK):
         gradient_tile(
-            x_ptr, g_ptr, start, offs, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
-            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False,
+            x_ptr, g_ptr, start + base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
+            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False, GROUP,
+            WHOLE,
         )  # fmt: skip
     if full < vocab:
         gradient_tile(
-            x_ptr, g_ptr, full, offs, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
-            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True,
+            x_ptr, g_ptr, full + base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
+            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP,
+            WHOLE,
         )  # fmt: skip
 
 
 @triton.jit
-def zero_row(g_ptr, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
+def zero_row(
+    g_ptr, vocab, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
     """An exact 0 over the row, whatever it held."""
     BLOCK: tl.constexpr = LANES * GROUP
-    offs = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     zero = tl.zeros([LANES, GROUP], g_ptr.dtype.element_ty)
     for start in range(0, vocab, BLOCK):
-        tl.store(g_ptr + start + offs, zero, mask=start + offs < vocab)
+        base = start + tl.arange(0, LANES)[:, None] * GROUP
+        offs, mask = places(base, vocab, GROUP, WHOLE)
+        tl.store(g_ptr + offs, zero, mask=mask)
 
 
 @triton.jit
@@ -183,7 +190,7 @@ def row_pass_kernel(
     outputs, stride_coefs, flag_ptr,
     CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
     WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Strides in units of UNIT elements, so that the compiler knows the alignment of every row.
     head: softcap, logit_scale, temperature.
@@ -205,13 +212,13 @@ def row_pass_kernel(
                 x_ptr, g_ptr if HAS_GRAD else None, row, label, weight, coefs, vocab,
                 given_ptrs, gate_ptrs, temperature_ptr, bias_ptr, class_weight_ptr, sum_u_ptr,
                 grad_scale_ptr, head, hyper, outputs, stride_coefs, flag_ptr, coefs_ptr is not None,
-                CODES, BENDS, SIGNED, WANT_PT, WANT_U, WANT_P2, WANT_GAP, LANES, GROUP,
+                CODES, BENDS, SIGNED, WANT_PT, WANT_U, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
             )  # fmt: skip
         else:
             zeros = (0.0, 0.0, 0.0, 0.0)
             write_row(outputs, row, stride_coefs, (0.0, 0.0, 0.0, 0.0, False, 0.0), 0.0, zeros)
             if HAS_GRAD:
-                zero_row(g_ptr, vocab, LANES, GROUP)
+                zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
 
 
 @triton.jit
@@ -220,7 +227,7 @@ def run_row(
     bias_ptr, class_weight_ptr, sum_u_ptr, grad_scale_ptr, head, hyper, outputs, stride_coefs,
     flag_ptr, GIVEN: tl.constexpr, CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
     WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One row that counts."""
     softcap, scale, uniform = head
@@ -243,7 +250,7 @@ def run_row(
 
     sums = sum_row(
         x_ptr, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
-        BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP,
+        BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
     )  # fmt: skip
     bias_label = load_or(bias_ptr, at, 0.0)
     x_label = tl.load(x_ptr + at).to(tl.float32)
@@ -272,7 +279,7 @@ def run_row(
     write_row(outputs, row, stride_coefs, stats, loss, (a, b, c, e))
     if g_ptr is not None:
         if (a == 0.0) & (b == 0.0) & (c == 0.0) & (e == 0.0):
-            zero_row(g_ptr, vocab, LANES, GROUP)
+            zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
         else:
             factor = weight * load_or(grad_scale_ptr, 0, 1.0) * scale / temperature
             u_label = load_or(class_weight_ptr, at, 1.0)
@@ -289,7 +296,7 @@ def run_row(
                 x_ptr, g_ptr, at, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner,
                 slope2, BENDS, SIGNED, WANT_PT, WANT_U,
                 g_ptr.dtype.element_ty.primitive_bitwidth < x_ptr.dtype.element_ty.primitive_bitwidth,
-                LANES, GROUP,
+                LANES, GROUP, WHOLE,
             )  # fmt: skip
 
 
@@ -325,5 +332,6 @@ def row_pass(logits, dlogits, rows, outputs, flag, grad_scale=None, config=None)
             CODES=tuple(rows.codes), BENDS=head.softcap != 0, SIGNED=negative,
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
             WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
-            UNIT=unit, LANES=config.lanes, GROUP=config.group, num_warps=config.warps,
+            UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,
+            num_warps=config.warps,
         )  # fmt: skip

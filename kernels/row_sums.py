@@ -35,19 +35,33 @@ def bent(x, bias, sign, inner, HAS_BIAS: tl.constexpr, BENDS: tl.constexpr, SIGN
 
 
 @triton.jit
+def places(base, vocab, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+    """(offsets [R, GROUP], mask) of the groups that start at base [R, 1]. WHOLE: V is a multiple of
+    GROUP, so a group is inside or outside as a whole and stays one 16-byte access.
+    """
+    offs = base + tl.arange(0, GROUP)[None, :]
+    if WHOLE:
+        mask = base < vocab
+    else:
+        mask = offs < vocab
+    return offs, mask
+
+
+@triton.jit
 def load_y(
-    row_ptr, offs, vocab, bias_ptr, sign, inner,
+    row_ptr, base, vocab, bias_ptr, sign, inner,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """y at these places of the row, -inf past its end."""
+    """y of the groups that start at base [R, 1], -inf past the row's end."""
+    offs, mask = places(base, vocab, GROUP, WHOLE)
     bias = 0.0
     if MASKED:
-        inside = offs < vocab
-        x = tl.load(row_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(row_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs, mask=inside, other=0.0)
+            bias = tl.load(bias_ptr + offs, mask=mask, other=0.0)
         y = bent(x, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
-        y = tl.where(inside, y, float("-inf"))
+        y = tl.where(mask, y, float("-inf"))
     else:
         x = tl.load(row_ptr + offs).to(tl.float32)
         if bias_ptr is not None:
@@ -57,13 +71,17 @@ def load_y(
 
 
 @triton.jit
-def load_u(class_weight_ptr, offs, vocab, WANTED: tl.constexpr, MASKED: tl.constexpr):
-    """Class weights at these places, or 1; 0 past the end, and where nobody wants them."""
+def load_u(
+    class_weight_ptr, base, vocab,
+    WANTED: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Class weights there, or 1; 0 past the end, and where nobody wants them."""
+    offs, mask = places(base, vocab, GROUP, WHOLE)
     if not WANTED:
         u = 0.0
     elif class_weight_ptr is not None:
         if MASKED:
-            u = tl.load(class_weight_ptr + offs, mask=offs < vocab, other=0.0)
+            u = tl.load(class_weight_ptr + offs, mask=mask, other=0.0)
         else:
             u = tl.load(class_weight_ptr + offs)
     elif MASKED:
@@ -99,15 +117,16 @@ def fold(y, u, state, slope2, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr):
 @triton.jit
 def sum_lane(
     row_ptr, lane, vocab, m, bias_ptr, sign, inner, slope2,
-    BENDS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(ones, tail, tail of squares) of one lane of the row: entries equal to m, and the rest."""
-    group = tl.arange(0, GROUP)[None, :]
     tiles = tl.arange(0, LANE_ROUND)[:, None]
     ones, tail, squares = 0.0, 0.0, 0.0
     for first in range(0, tl.cdiv(vocab, LANES * GROUP), LANE_ROUND):
-        offs = ((first + tiles) * LANES + lane) * GROUP + group
-        y = load_y(row_ptr, offs, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True)
+        base = ((first + tiles) * LANES + lane) * GROUP
+        y = load_y(
+            row_ptr, base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
+        )  # fmt: skip
         is_top = y == m
         e = tl.where(is_top, 0.0, tl.exp2((y - m) * slope2))
         ones += tl.sum(tl.sum(tl.where(is_top, 1.0, 0.0), axis=1), axis=0)
@@ -120,21 +139,25 @@ def sum_lane(
 def sum_row(
     row_ptr, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row, in units of y."""
     BLOCK: tl.constexpr = LANES * GROUP
-    offs = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    base = tl.arange(0, LANES)[:, None] * GROUP
     zero = tl.zeros([LANES], tl.float32)
     state = (zero + LOWEST, zero, zero, zero, zero, zero)
     full = (vocab // BLOCK) * BLOCK
     for start in range(0, full, BLOCK):
-        y = load_y(row_ptr, start + offs, vocab, bias_ptr, sign, inner, BENDS, SIGNED, False)
-        u = load_u(class_weight_ptr, start + offs, vocab, WANT_GAP, False)
+        y = load_y(
+            row_ptr, start + base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, False, GROUP, WHOLE
+        )  # fmt: skip
+        u = load_u(class_weight_ptr, start + base, vocab, WANT_GAP, False, GROUP, WHOLE)
         state = fold(y, u, state, slope2, WANT_P2, WANT_GAP)
     if full < vocab:
-        y = load_y(row_ptr, full + offs, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True)
-        u = load_u(class_weight_ptr, full + offs, vocab, WANT_GAP, True)
+        y = load_y(
+            row_ptr, full + base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
+        )  # fmt: skip
+        u = load_u(class_weight_ptr, full + base, vocab, WANT_GAP, True, GROUP, WHOLE)
         state = fold(y, u, state, slope2, WANT_P2, WANT_GAP)
     m_lane, d, s, q, ut, us = state
     lanes = tl.arange(0, LANES)
@@ -143,8 +166,9 @@ def sum_row(
     step = tl.where(d == 0.0, 0.0, m_lane - m)
     r = tl.exp2(step * slope2)
     ones, tail, squares = sum_lane(
-        row_ptr, best, vocab, m, bias_ptr, sign, inner, slope2, BENDS, SIGNED, LANES, GROUP
-    )
+        row_ptr, best, vocab, m, bias_ptr, sign, inner, slope2, BENDS, SIGNED, LANES, GROUP,
+        WHOLE,
+    )  # fmt: skip
     other = lanes != best
     tail += tl.sum(tl.where(other, d * r, 0.0), axis=0)
     s_row = tl.sum(tl.where(r == 0.0, 0.0, (s + d * step) * r), axis=0)
