@@ -84,7 +84,8 @@ def test_rows_of_coefficient_0_are_left_out_before_the_recomputation(backend, ke
     seen = kernels(backend)
     with po.chunk_rows(4):
         got = cb.run(batch, po.GSPO(1.0, 100.0), backend)
-    assert seen["logits"] == 45 + 18 and seen["dhidden"] == 18
+    # the last unit has no gradient: a row of zeros ends the accumulation of dweight
+    assert (seen["logits"], seen["dhidden"], seen["add_dweight"]) == (45 + 18, 18, 18 + 1)
     with po.chunk_rows(100):
         whole = cb.run(batch, po.GSPO(1.0, 100.0), backend)
     for key in ("dhidden", "dweight"):
@@ -125,8 +126,9 @@ def test_M2_one_chunk_buffer_within_the_budget_whatever_the_batch(backend, kerne
         with po.memory_budget(budget):
             cb.run(batch, po.RenyiRWR(0.5), backend)
         wide = [s for s in seen["shapes"] if len(s) == 2 and s[1] == V]
-        assert len(wide) == 1 and 15 <= wide[0][0] <= 20
-        assert [s for s in seen["shapes"] if s == (V, D)] == [(V, D)]
+        assert len(set(wide)) == 1 and 10 <= wide[0][0] <= 20
+        # the gradient, and beyond 32 chunks its second level
+        assert len([s for s in seen["shapes"] if s == (V, D)]) == (1 if count == 3 else 2)
 
 
 def leaves(batch):
