@@ -114,7 +114,7 @@ def test_a1_gradients_exactly_where_asked_for_every_subset():
             if not v.requires_grad:
                 assert v.grad is None, (k, subset)
                 continue
-            assert v.grad.dtype == v.dtype
+            assert v.grad is not None and v.grad.dtype == v.dtype, (k, subset)
             torch.testing.assert_close(
                 v.grad.double(), wide[k].grad, rtol=1e-4, atol=1e-6, msg=f"{k} {subset}"
             )

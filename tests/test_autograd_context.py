@@ -190,6 +190,23 @@ def test_a2_backward_on_another_thread(backend):
     assert torch.equal(x.grad, plain[0])
 
 
+@each_backend
+def test_a2_gradients_that_the_caller_of_the_op_holds_are_not_scaled(backend):
+    """The op's own outputs hold the formed gradients; a backward with upstream 2 leaves them."""
+    g = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(n, D, generator=g, requires_grad=True) for n in (6, V))
+    labels = torch.randint(0, V, (6,), generator=g)
+    program = po.NLL().program(False)
+    flat = (labels, torch.ones(6), None, None, None, None, None, [], None, program.hyper)
+    head = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    tail = (head, list(program.codes), "", -100, 0, 3, backend, [0, 0, 0])
+    out = torch.ops.pyoffline.linear_policy(x, w, None, None, None, *flat, *tail)
+    held, kept = out[7:9], [t.detach().clone() for t in out[7:9]]
+    got = torch.autograd.grad(out[0], (x, w), torch.tensor(2.0))
+    for a, b, c in zip(held, kept, got, strict=True):
+        assert torch.equal(a, b) and torch.equal(c, 2 * b)
+
+
 class _Model(nn.Module):
     """Embedding, one layer, tied or free head: the fused loss is called inside forward."""
 

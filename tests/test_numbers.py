@@ -182,6 +182,53 @@ def test_N1_fp16_under_a_loss_scale_of_2_to_the_16(backend, chunk):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_N1_fp16_with_weights_of_1e_minus_7_over_forty_chunks(backend):
+    """Small weights need the power-of-two scale, many chunks join in two levels: the scale must be
+    taken off each gradient once.
+    """
+    batch = batches.make(110, dtype=torch.float16, reads=("old", "ref", "adv"), bias=True)
+    batch["weights"] *= 1e-5
+    with po.chunk_rows(2):
+        compared(batch, MIXED, backend, 2.0**16)
+
+
+@batches.needs_cpu
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_N1_without_the_vendor_gemm(dtype, scale):
+    """A torch whose library lacks the half GEMMs: two panels of V, several chunks."""
+    from pyoffline import _C
+
+    batch = batches.make(40, 32, 2100, dtype, 2, ("old", "ref", "adv"), bias=True)
+    batch["weights"] *= scale
+    _C.set_gemm(False)
+    try:
+        with po.chunk_rows(16):
+            compared(batch, MIXED, "cpu", 2.0**16)
+    finally:
+        _C.set_gemm(True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_N1_a_tokens_temperature_replaces_that_of_the_head(backend, grad):
+    """Trained in chunks and scored without logits."""
+    batch = batches.make(temperature=True, bias=True, head={"temperature": 3.0})
+    weight = batch["weight"].clone().requires_grad_(grad)
+    with po.use_backend(backend):
+        head = po.Head(weight, batch["bias"], temperature=3.0)
+        own = po.linear_token_logps(batch["hidden"], head, batch["labels"], batch["temperature"])
+        its = po.linear_token_logps(batch["hidden"], head, batch["labels"])
+    counted = batch["labels"] != -100
+    z = batch["hidden"].double() @ batch["weight"].double().t() + batch["bias"].double()
+    for got, t in ((own, batch["temperature"].double()[:, None]), (its, 3.0)):
+        truth = (z / t).log_softmax(-1).gather(-1, batch["labels"].clamp(min=0)[:, None])[:, 0]
+        torch.testing.assert_close(
+            got.logps.detach().double()[counted], truth[counted], rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
 def test_N1_fp32_logits_are_better_than_the_half_reference(backend, dtype):
     """logits_dtype=float32: only the inputs and the results are rounded to half."""
@@ -251,3 +298,34 @@ def test_N10_confident_rows_keep_p_minus_one(backend, dtype, linear):
     allowed = relative * truth.abs() + (2.0**-24 if dtype == torch.float16 else 0.0)
     assert ((got[:, 0].double() - truth).abs() <= allowed).all()
     assert (got[:, 0] <= 0).all() and (got[:, 1] >= 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+@pytest.mark.parametrize("peak", [5, 40, 640])
+@pytest.mark.parametrize("call", ["policy", "logps"])
+def test_N10_the_gradient_is_that_of_the_rounded_logits(backend, dtype, peak, call):
+    """Logits that are exact in fp32 and not in half: where the backward took the exact ones, or
+    another lse, p at 640 would be off by a factor. dweight[:, 0] is dlogits, as hidden[0] is 1.
+    """
+    g = torch.Generator().manual_seed(peak)
+    large = (torch.rand(501, generator=g) * peak).to(dtype)
+    small = torch.randint(-127, 128, (501,), generator=g) / 64
+    weight, labels = torch.stack([large, small.to(dtype)], -1), torch.tensor([7])
+    label = torch.arange(501) == labels
+    for second in (1.0, -0.5):
+        hidden = torch.tensor([[1.0, second]], dtype=dtype)
+        z = (hidden.double() @ weight.double().t()).to(dtype).double()
+        truth = torch.where(label, torch.expm1(z.log_softmax(-1)), z.softmax(-1))[0]
+        leaf = weight.clone().requires_grad_()
+        with po.use_backend(backend):
+            if call == "policy":
+                out = po.linear_policy_loss(hidden, po.Head(leaf), po.TokenBatch(labels), po.NLL())
+                loss = out.loss
+            else:
+                loss = -po.linear_token_logps(hidden, po.Head(leaf), labels).logps.sum()
+            loss.backward()
+        want = -z.log_softmax(-1)[0, 7]
+        assert (loss.detach().double() - want).abs() <= 8 * compare.EPS32 * (1 + want)
+        allowed = torch.finfo(dtype).eps * truth.abs() + (2.0**-24 if dtype == torch.float16 else 0)
+        assert ((leaf.grad[:, 0].double() - truth).abs() <= allowed + 2.0**-126).all()

@@ -301,10 +301,12 @@ ROW = 2**18
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("linear_rows", [2**13 + 4, 2**14 + 4], ids=["past 2^31", "past 2^32"])
 def test_N13_rows_past_2_to_the_31_and_32_elements(backend, linear_rows, tmp_path):
-    """A sparse file of bf16 logits, 4 or 8 GiB in name: only the rows that count exist."""
-    n = linear_rows
-    path = str(tmp_path / "logits.bin")
-    z = torch.from_file(path, shared=True, size=n * ROW, dtype=torch.bfloat16).view(n, ROW)
+    """A sparse file of bf16 logits, 4 or 8 GiB in name: only the rows that count exist. An offset
+    that wraps to a negative number reads the zeros before them, and fails instead of crashing.
+    """
+    n, path = linear_rows, str(tmp_path / "logits.bin")
+    z = torch.from_file(path, shared=True, size=2**31 + n * ROW, dtype=torch.bfloat16)
+    z = z[2**31 :].view(n, ROW)
     g = torch.Generator().manual_seed(0)
     rows = torch.tensor([0, n // 2, n - 6, n - 3, n - 1])
     z[rows] = torch.randn(5, ROW, generator=g).bfloat16()
