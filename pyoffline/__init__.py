@@ -20,6 +20,7 @@ from pyoffline.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from pyoffline.custom import ShapedIS as ShapedIS
 from pyoffline.custom import custom as custom
 from pyoffline.custom import register_objective as register_objective
+from pyoffline.device_flags import check as check
 from pyoffline.explain import explain as explain
 from pyoffline.head import Head as Head
 from pyoffline.logps import linear_token_logps as linear_token_logps

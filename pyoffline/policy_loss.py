@@ -81,7 +81,7 @@ def linear_policy_loss(
         x.logits_dtype,
         x.needs,
         pick(device.type, x.hidden.dtype),
-        plan_list(),
+        plan_list(tokens.n_valid),
     )
     return _output(flat, result[:7], shape)
 
