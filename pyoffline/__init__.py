@@ -22,6 +22,7 @@ from pyoffline.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from pyoffline.custom import ShapedIS as ShapedIS
 from pyoffline.custom import custom as custom
 from pyoffline.custom import register_objective as register_objective
+from pyoffline.device_flags import check as check
 from pyoffline.distill import cosine_distill_loss as cosine_distill_loss
 from pyoffline.distill import linear_distill_loss as linear_distill_loss
 from pyoffline.divergences import JSD as JSD

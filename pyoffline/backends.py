@@ -8,6 +8,8 @@ the op's row. Not here: the backends.
 import contextlib
 import contextvars
 import importlib
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,11 @@ OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps",
 NAMES = ("reference", "cpu", "triton", "cuda")
 # First available wins. GPU order is to be set by committed benchmarks (bench/results/).
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-MODULES = {"reference": "pyoffline.reference", "cpu": "pyoffline.cpu"}
+MODULES = {
+    "reference": "pyoffline.reference",
+    "cpu": "pyoffline.cpu",
+    "triton": "pyoffline.triton_backend",
+}
 # Ops that are modules of their own; a backend that is not in its row does not serve the op.
 OP_MODULES = {DISTILL: {"reference": "pyoffline.reference_distill", "cpu": "pyoffline.cpu_distill"}}
 
@@ -32,7 +38,9 @@ def why_not(
         return f"the {name} backend has no {op}"
     if name == "reference":
         return None
-    if name in ("triton", "cuda"):
+    if name == "triton":
+        return _why_not_triton(device, dtype)
+    if name == "cuda":
         return f"the {name} backend is not built yet: GPU kernels come with a later release"
     if device != "cpu":
         return f"the cpu backend serves CPU tensors, these are on {device}"
@@ -47,6 +55,27 @@ def why_not(
     )
 
 
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_triton(device: str, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return "the triton backend computes in fp32; fp64 inputs run on the reference backend"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'pyoffline[triton]' (Linux)"
+    if interpreting():
+        return None if device == "cpu" else "TRITON_INTERPRET=1 is set: CPU tensors only"
+    if device != "cuda":
+        return f"the triton backend serves GPU tensors, these are on {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "the triton backend needs compute capability 8.0 (Ampere) or later"
+    return None
+
+
 @contextlib.contextmanager
 def use_backend(name: str):
     """Use this backend ("reference", "cpu", "triton", "cuda" or "auto") inside the block.
@@ -56,10 +85,9 @@ def use_backend(name: str):
     """
     if name not in (*NAMES, "auto"):
         raise ValueError(f"use_backend: expected one of {', '.join(NAMES)}, auto; got {name!r}")
-    if name in ("triton", "cuda"):
-        raise RuntimeError(f"use_backend({name!r}): {why_not(name, 'cuda')}")
-    if name == "cpu" and (reason := why_not(name, "cpu")):
-        raise RuntimeError(f"use_backend('cpu'): {reason}")
+    home = "cpu" if name == "cpu" or interpreting() else "cuda"
+    if name in ("cpu", "triton", "cuda") and (reason := why_not(name, home)):
+        raise RuntimeError(f"use_backend({name!r}): {reason}")
     token = _choice.set(name)
     try:
         yield

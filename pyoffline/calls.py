@@ -177,4 +177,4 @@ class LogitsResult:
     loss: Tensor
     out: RowOutputs
     dlogits: Tensor | None = None
-    unscale: float = 1.0
+    unscale: float | Tensor = 1.0

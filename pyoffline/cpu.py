@@ -121,6 +121,7 @@ class CpuKernels:
     """The steps of the chunk loop on a CPU."""
 
     device = "cpu"
+    asynchronous = False
 
     def empty(self, shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,6 +83,7 @@ class PlanSettings:
     rows: int
     budget: int
     deterministic: bool
+    n_valid: int = -1  # rows that count, where the caller knows: a GPU then need not be asked
 
 
 def current_settings() -> PlanSettings:
@@ -90,21 +91,23 @@ def current_settings() -> PlanSettings:
     return PlanSettings(_rows.get(), _budget.get(), is_deterministic())
 
 
-def plan_list() -> list[int]:
-    """The overrides as a custom op carries them. A compiled graph carries none and reads them when
-    it runs: a context variable is nothing to guard on.
+def plan_list(n_valid: int | None = None) -> list[int]:
+    """The overrides (and the number of rows that count, where it is known) as a custom op carries
+    them. A compiled graph carries none and reads them when it runs: a context variable is nothing
+    to guard on.
     """
+    known = [] if n_valid is None else [n_valid]
     if torch.compiler.is_compiling():
-        return [READ_AT_RUN]
+        return [READ_AT_RUN, *known]
     s = current_settings()
-    return [s.rows, s.budget, int(s.deterministic)]
+    return [s.rows, s.budget, int(s.deterministic), *known]
 
 
 def settings_of(plan: list[int]) -> PlanSettings:
     """`plan_list` back into its record."""
-    if list(plan) == [READ_AT_RUN]:
-        return current_settings()
-    return PlanSettings(plan[0], plan[1], bool(plan[2]))
+    if plan[0] == READ_AT_RUN:
+        return replace(current_settings(), n_valid=plan[1] if len(plan) > 1 else -1)
+    return PlanSettings(plan[0], plan[1], bool(plan[2]), plan[3] if len(plan) > 3 else -1)
 
 
 @dataclass(frozen=True)

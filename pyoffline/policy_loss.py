@@ -106,7 +106,7 @@ def linear_policy_loss(
         x.logits_dtype,
         x.needs,
         pick(device.type, x.hidden.dtype),
-        plan_list(),
+        plan_list(tokens.n_valid),
     )
     return _output(flat, result[0], result[2:7], shape)
 

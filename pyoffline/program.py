@@ -176,8 +176,9 @@ def evaluate(codes, hyper: Tensor, rows: RowScalars, extras: dict[str, Tensor]) 
     gates = list(extras.values())
     zero = torch.zeros_like(rows.logp)
     total = {"loss": zero, "a": zero, "b": zero, "c": zero, "e": zero}
-    hyper = hyper.to(rows.logp.device, rows.logp.dtype)
-    scales = hyper[:, 0].tolist()
+    hyper = hyper.to(rows.logp.dtype)
+    scales = hyper[:, 0].tolist()  # on the CPU: no device is asked
+    hyper = hyper.to(rows.logp.device)
     for k in range(len(codes) // 3):
         code, gate, anchor = codes[3 * k : 3 * k + 3]
         if scales[k] == 0.0:

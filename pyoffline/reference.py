@@ -114,6 +114,8 @@ def row_pass(logits: Tensor, rows: Rows, out: RowOutputs, want_grad: bool) -> Te
 class ReferenceKernels:
     """The steps of the chunk loop in torch ops."""
 
+    asynchronous = False
+
     def __init__(self, device: str):
         self.device = device
 

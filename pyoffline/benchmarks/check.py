@@ -2,8 +2,8 @@
 
 Ours may be off by twice what PyTorch in the same dtype is off (gradients three times), elementwise
 maximum and RMS. A loss that is one number may be exact by luck: it is held to PyTorch's mean error
-on the rows that it averages, each by itself. Rows whose ratio is near a clip border are left out: there a rounding decides the
-branch, for PyTorch too.
+on the rows that it averages, each by itself. Rows whose ratio is near a clip border are left out:
+there a rounding decides the branch, for PyTorch too.
 """
 
 from dataclasses import dataclass

@@ -18,15 +18,20 @@ else:
     import numpy
     from triton.runtime import interpreter
 
-    _depth = [0]
+    _patched = set()  # modules patched in the current launch
     _patch_lang = interpreter._patch_lang
     _call = interpreter.GridExecutor.__call__
 
     def _patch_once(fn):
-        return None if _depth[0] > 1 else _patch_lang(fn)
+        core = interpreter.tl.core
+        names = {m.__name__ for m in fn.__globals__.values() if m is interpreter.tl or m is core}
+        if names <= _patched:
+            return None
+        _patched.update(names)
+        return _patch_lang(fn)
 
     def _launch(self, *args, **kwargs):
-        _depth[0] = 1
+        _patched.clear()
         builder, order = interpreter.interpreter_builder, {}
         set_index = type(builder).set_grid_idx
 
@@ -34,7 +39,6 @@ else:
             n = builder.grid_dim[0]
             if n not in order:
                 order[n] = random.Random(n).sample(range(n), n)
-            _depth[0] = 2
             set_index(builder, order[n][x], y, z)
 
         builder.set_grid_idx = shuffled
@@ -42,7 +46,7 @@ else:
             with numpy.errstate(all="ignore"):
                 return _call(self, *args, **kwargs)
         finally:
-            _depth[0] = 0
+            _patched.clear()
             del builder.set_grid_idx
 
     interpreter._patch_lang = _patch_once
