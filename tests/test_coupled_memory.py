@@ -43,8 +43,8 @@ print(json.dumps([peak, e.extra_nbytes + e.gradient_nbytes]))
 """
 
 CASES = [
-    ((1024, 32, True, 16 * MIB), "groups of 64 rows, four to a chunk"),
-    ((1024, 512, True, 16 * MIB), "a group of 1,024 rows in four chunks: the logits twice"),
+    ((512, 32, True, 16 * MIB), "groups of 64 rows, four to a chunk"),
+    ((512, 256, True, 16 * MIB), "a group of 512 rows in two chunks: the logits twice"),
 ]
 
 
