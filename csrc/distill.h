@@ -48,6 +48,7 @@ PYOFFLINE_HD inline bool base_is_teacher(double alpha) { return alpha >= 0.5; }
 
 PYOFFLINE_HD inline double renyi_value(double alpha, const DivergenceSums& sums) {
   const double inf = INFINITY, peak = sums.peak;
+  if (sums.second != sums.second) return sums.second;
   if (fabs(sums.second) < 0.5) return log1p(sums.second) / (alpha - 1.0);
   if (peak == inf || peak == -inf) return inf;  // no overlap, or T > 0 where S = 0
   return (peak + log(sums.first)) / (alpha - 1.0);

@@ -28,6 +28,7 @@ from pyoffline.distill import linear_distill_loss as linear_distill_loss
 from pyoffline.divergences import JSD as JSD
 from pyoffline.divergences import TVD as TVD
 from pyoffline.divergences import AlphaDivergence as AlphaDivergence
+from pyoffline.divergences import Divergence as Divergence
 from pyoffline.divergences import ForwardKL as ForwardKL
 from pyoffline.divergences import RenyiDivergence as RenyiDivergence
 from pyoffline.divergences import ReverseKL as ReverseKL

@@ -43,15 +43,12 @@ def jsd(log_s: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """M = (1-beta) S + beta T: beta KL(T||M) + (1-beta) KL(S||M);
     dz = (1-beta) S (log(S/M) - KL(S||M)).
     """
-    parts = torch.stack([log_s + _log(1.0 - beta), log_t + _log(beta)])
-    log_m = parts.logsumexp(0)
-    by_student, dz = _by_student(log_s.exp(), log_s - log_m)
-    by_teacher = _product(log_t.exp(), log_t - log_m).sum(-1)
+    gap = log_t - log_s
+    low, high = (gap.new_full((), x).log() for x in (1.0 - beta, beta))
+    # relative to S and to T, so that the log of 1 is what is left where they agree
+    by_student, dz = _by_student(log_s.exp(), -torch.logaddexp(low, high + gap))
+    by_teacher = _product(log_t.exp(), -torch.logaddexp(high, low - gap)).sum(-1)
     return beta * by_teacher + (1.0 - beta) * by_student, (1.0 - beta) * dz
-
-
-def _log(x: float) -> float:
-    return torch.tensor(x, dtype=torch.float64).log().item()
 
 
 def tvd(log_s: Tensor, log_t: Tensor, _: float) -> tuple[Tensor, Tensor]:

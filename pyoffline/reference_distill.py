@@ -43,11 +43,11 @@ class Compared:
         """
         if self.ids is None:
             return dz
-        k, p = self.ids.shape[1], self.logp_all.exp()
-        full = torch.zeros_like(p)
-        if k < p.shape[1]:
+        k = self.ids.shape[1]
+        full = torch.zeros_like(self.logp_all)
+        if k < full.shape[1]:
             share = (self.logp_all - self.log_s[:, k:]).exp()
-            full = torch.where(p == 0, 0.0, share * dz[:, k:])
+            full = torch.where(self.logp_all == -torch.inf, 0.0, share * dz[:, k:])
         return full.scatter(-1, self.ids, dz[:, :k])
 
 
@@ -85,6 +85,8 @@ def _divergences(call, compared: Compared, rows: Rows, part: DistillOutputs):
     for k, term in enumerate(call.divergences):
         fn = DIVERGENCE_OF_CODE[resolve(term.code, term.param)]
         value, own = fn(compared.log_s, compared.log_t, term.param)
+        # a comparison drops a NaN, a value shows it
+        own = torch.where(value.isnan()[:, None], torch.nan, own)
         part.values[k].copy_(value)
         factor = loss.new_full(loss.shape, term.scale)
         factor = factor if term.gate < 0 else factor * gates[term.gate]

@@ -12,7 +12,7 @@
 namespace pyoffline {
 
 extern const DistillKernels avx2_distill_kernels = {"avx2", pair_sums, pair_gradient,
-                                                    argmax, gather,    log_sum_apart};
+                                                    argmax, gather,    sum_apart};
 
 }  // namespace pyoffline
 #endif

@@ -12,7 +12,7 @@
 namespace pyoffline {
 
 extern const DistillKernels avx512_distill_kernels = {"avx512", pair_sums, pair_gradient,
-                                                      argmax,   gather,    log_sum_apart};
+                                                      argmax,   gather,    sum_apart};
 
 }  // namespace pyoffline
 #endif

@@ -15,6 +15,12 @@ struct RowPair {
   double student_log_d, teacher_log_d;
 };
 
+// sum of exp(z - m) with the offset of m among these entries; sum 0 where none of them counts.
+struct ApartSum {
+  float offset;
+  double sum;
+};
+
 struct DistillKernels {
   const char* name;
   // The sums of each divergence, in one sweep (RenyiDivergence: two).
@@ -28,8 +34,8 @@ struct DistillKernels {
   // t = z - m and the derivative of the softcap at k entries.
   void (*gather)(const RowInput& row, float offset, const int64_t* ids, int64_t k, float* t,
                  float* damp);
-  // log of the sum of exp(t) over the entries that are not among ids (ascending); -inf if none.
-  double (*log_sum_apart)(const RowInput& row, float offset, const int64_t* ids, int64_t k);
+  // The entries that are not among ids (ascending), relative to their own maximum.
+  ApartSum (*sum_apart)(const RowInput& row, const int64_t* ids, int64_t k);
 };
 
 extern const DistillKernels portable_distill_kernels;

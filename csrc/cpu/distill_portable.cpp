@@ -12,6 +12,6 @@
 namespace pyoffline {
 
 extern const DistillKernels portable_distill_kernels = {"portable", pair_sums, pair_gradient,
-                                                        argmax,     gather,    log_sum_apart};
+                                                        argmax,     gather,    sum_apart};
 
 }  // namespace pyoffline

@@ -21,6 +21,9 @@ namespace pyoffline {
 
 namespace {
 
+// exp of less than this is nothing beside 1 in fp32, and far from where it flushes to 0.
+constexpr double kFarTail = -40.0;
+
 const DistillKernels& distill_kernels(const std::string& isa) {
 #if defined(__x86_64__)
   if (isa == avx512_distill_kernels.name) return avx512_distill_kernels;
@@ -40,8 +43,11 @@ struct Call {
 // One thread's buffers for the buckets of a top-k teacher.
 struct Buckets {
   std::vector<float> t, damp, log_s, log_t, dz;
+  ApartSum apart;    // the last bucket, relative to its own maximum
+  double log_apart;  // log of its sum of exp(z - m), m of the whole row
 
-  explicit Buckets(int64_t k) : t(k), damp(k), log_s(k + 1), log_t(k + 1), dz(k + 1) {}
+  explicit Buckets(int64_t k)
+      : t(k), damp(k), log_s(k + 1), log_t(k + 1), dz(k + 1), apart{0.0f, 0.0}, log_apart(0.0) {}
 };
 
 // The student's half of one row.
@@ -104,8 +110,11 @@ Teacher top_k(const Call& call, int64_t row, const Student& student, Buckets& bu
     entropy -= zero_safe(p, logps[j]);
     if (logps[j] > logps[top]) top = j;
   }
-  const double apart = call.pair_kernels.log_sum_apart(student.in, student.sums.offset, ids, k);
-  buckets.log_s[k] = static_cast<float>(apart - student.stats.log_d);
+  const double slope = student.in.slope;
+  buckets.apart = call.pair_kernels.sum_apart(student.in, ids, k);
+  buckets.log_apart = slope * (buckets.apart.offset - static_cast<double>(student.sums.offset)) +
+                      std::log(buckets.apart.sum);
+  buckets.log_s[k] = static_cast<float>(buckets.log_apart - student.stats.log_d);
   buckets.log_t[k] = static_cast<float>(std::log(tail));
   const int64_t count = k < args.row.vocab ? k + 1 : k;
   const RowPair pair = {short_row(buckets.log_s, count),
@@ -124,24 +133,40 @@ double chain_factor(const RowArgs& args, int64_t row) {
   return weight * args.grad_scale * args.logit_scale / temperature_of(args, row);
 }
 
-// dlogits of a top-k row: the last bucket's gradient rides on p of the objective, then the k
-// entries are written one by one.
+// The gradient of the last bucket, added to the objective's: each entry's share of it is
+// exp(z - m) / exp(log_apart). Where all of them lie so far below the maximum that exp(z - m) would
+// flush to 0, the sweep runs from their own maximum; the objective's p is nothing there.
+RowGradient with_last_bucket(const Student& student, const RowGradient& objective,
+                             const Buckets& buckets, double dz, RowSums* sums) {
+  RowGradient out = objective;
+  if (dz == 0.0 || buckets.apart.sum == 0.0) return out;
+  if (buckets.log_apart < kFarTail) {
+    out.from_p = static_cast<float>(dz / buckets.apart.sum);
+    out.from_pt = 0.0f;
+    sums->offset = buckets.apart.offset;
+  } else {
+    out.from_p += static_cast<float>(dz * std::exp(-buckets.log_apart));
+  }
+  const double share = std::exp(student.sums.t_label - buckets.log_apart);
+  out.at_label += static_cast<float>(zero_safe(student.sums.damp_label * share, dz));
+  out.is_nan = out.is_nan || out.from_p != out.from_p;
+  return out;
+}
+
+// dlogits of a top-k row: the last bucket rides on p of the objective, then the k entries are
+// written one by one.
 void write_top_k(const Call& call, int64_t row, const Student& student, const Teacher& teacher,
-                 RowGradient objective, const DivergenceGradient* terms, int32_t n,
+                 const RowGradient& plain, const DivergenceGradient* terms, int32_t n,
                  Buckets& buckets) {
   const RowArgs& args = call.args.row;
   const int64_t k = call.args.k, *ids = call.args.topk_ids + row * k, label = args.labels[row];
   call.pair_kernels.gradient(teacher.pair, nullptr, 0, terms, n, DType::f32, buckets.dz.data());
-  const RowGradient plain = objective;
-  const double tail = k < args.vocab ? std::exp(static_cast<double>(buckets.log_s[k])) : 0.0;
-  const double ratio = tail > 0.0 ? buckets.dz[k] / tail : 0.0;
-  objective.from_p += static_cast<float>(ratio / student.stats.d);
-  const double p_label = std::exp(student.stats.logp_exact);
-  objective.at_label += static_cast<float>(student.sums.damp_label * p_label * ratio);
-  objective.is_nan = objective.is_nan || objective.from_p != objective.from_p;
+  RowSums sums = student.sums;
+  const double last = k < args.vocab ? buckets.dz[k] : 0.0;
+  const RowGradient objective = with_last_bucket(student, plain, buckets, last, &sums);
   if (objective.is_nan) return nan_dlogits(args, row);
   char* out = dlogits_row(args, row);
-  call.kernels.gradient(student.in, student.sums, objective, label, args.dlogits_type, out);
+  call.kernels.gradient(student.in, sums, objective, label, args.dlogits_type, out);
   for (int64_t j = 0; j < k; ++j) {
     const double t = buckets.t[j], e = std::exp(t);
     double dz = e == 0.0 ? 0.0 : e * (plain.from_p - zero_safe(plain.from_pt, t));

@@ -261,8 +261,8 @@ inline void each_y(const Source<T, true>& src, int64_t begin, int64_t end, const
   }
 }
 
-double log_sum_apart(const RowInput& row, float offset, const int64_t* ids, int64_t k) {
-  double out = -INFINITY;
+ApartSum sum_apart(const RowInput& row, const int64_t* ids, int64_t k) {
+  ApartSum out = {0.0f, 0.0};
   with_type(row.type, [&](auto tag) {
     using T = decltype(tag);
     F peak = Vec::set(-INFINITY);
@@ -282,8 +282,7 @@ double log_sum_apart(const RowInput& row, float offset, const int64_t* ids, int6
       });
       Vec::accumulate(total, part);
     });
-    const double below = static_cast<double>(row.slope) * (static_cast<double>(top) - offset);
-    out = below + log(Vec::total(total));
+    out = {top, Vec::total(total)};
   });
   return out;
 }

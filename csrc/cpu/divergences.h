@@ -72,25 +72,33 @@ struct ReverseKL {
   }
 };
 
-// M = (1 - beta) S + beta T; log(S/M) = -log((1 - beta) + beta T/S), log(T/M) = gap + log(S/M).
-// The gap is clamped where exp would overflow: there one of S, T is below 2^-100 of the other.
+// M = (1 - beta) S + beta T, its log formed relative to the larger of S and T: the other one's
+// distance carries the rounding of the gap, but is multiplied by the smaller probability.
 struct JSD {
   static constexpr bool kNeedsPeak = false;
   F beta, rest;
   explicit JSD(const DivergenceTerm& term)
       : beta(Vec::set(static_cast<float>(term.param))),
         rest(Vec::set(static_cast<float>(1.0 - term.param))) {}
-  static F clamped(F gap) { return Vec::min(Vec::set(80.0f), Vec::max(Vec::set(-80.0f), gap)); }
-  F log_m_over_s(F gap) const { return vec_log(Vec::fma(beta, exp_clamped(gap), rest)); }
+  // log(M/S), log(M/T)
+  void log_ratios(F gap, F* to_s, F* to_t) const {
+    const F zero = Vec::set(0.0f), ratio = exp_any(Vec::sub(zero, Vec::abs(gap)));
+    const F larger = Vec::less(zero, gap, beta, rest), smaller = Vec::less(zero, gap, rest, beta);
+    const F log_m = vec_log(Vec::fma(smaller, ratio, larger));
+    *to_s = Vec::less(zero, gap, Vec::add(gap, log_m), log_m);
+    *to_t = Vec::less(zero, gap, log_m, Vec::sub(log_m, gap));
+  }
   // sum S log(S/M), sum T log(T/M)
   void sums(const PairVec& x, float, F* first, F* second) const {
-    const F gap = clamped(x.gap), log_m = log_m_over_s(gap);
-    *first = Vec::sub(*first, Vec::drop_zero(x.s, Vec::mul(x.s, log_m)));
-    *second = Vec::add(*second, Vec::drop_zero(x.t, Vec::mul(x.t, Vec::sub(gap, log_m))));
+    F to_s, to_t;
+    log_ratios(x.gap, &to_s, &to_t);
+    *first = Vec::sub(*first, Vec::drop_zero(x.s, Vec::mul(x.s, to_s)));
+    *second = Vec::sub(*second, Vec::drop_zero(x.t, Vec::mul(x.t, to_t)));
   }
   F dz(const PairVec& x, const DivergenceGradient& g) const {
-    const F log_m = log_m_over_s(clamped(x.gap));
-    const F centred = Vec::sub(Vec::set(0.0f), Vec::add(log_m, Vec::set(g.mean)));
+    F to_s, to_t;
+    log_ratios(x.gap, &to_s, &to_t);
+    const F centred = Vec::sub(Vec::set(0.0f), Vec::add(to_s, Vec::set(g.mean)));
     return Vec::drop_zero(x.s, Vec::mul(x.s, centred));
   }
 };
