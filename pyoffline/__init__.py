@@ -45,7 +45,20 @@ from pyoffline.records import LossOutput as LossOutput
 from pyoffline.records import SequenceBatch as SequenceBatch
 from pyoffline.records import TokenBatch as TokenBatch
 from pyoffline.records import TokenStats as TokenStats
+from pyoffline.sequence_objectives import GMPO as GMPO
 from pyoffline.sequence_objectives import GSPO as GSPO
+from pyoffline.sequence_objectives import LUSPO as LUSPO
+from pyoffline.sequence_objectives import OPSM as OPSM
+from pyoffline.sequence_objectives import TOPR as TOPR
+from pyoffline.sequence_objectives import VESPO as VESPO
+from pyoffline.sequence_objectives import AlphaELBO as AlphaELBO
+from pyoffline.sequence_objectives import AStarPO as AStarPO
+from pyoffline.sequence_objectives import (
+    ImportanceWeightedSFTSequence as ImportanceWeightedSFTSequence,
+)
+from pyoffline.sequence_objectives import KLRegularizedPG as KLRegularizedPG
+from pyoffline.sequence_objectives import RenyiRWR as RenyiRWR
+from pyoffline.sequence_objectives import SequencePowerIS as SequencePowerIS
 from pyoffline.token_objectives import CISPO as CISPO
 from pyoffline.token_objectives import DFT as DFT
 from pyoffline.token_objectives import DPPO as DPPO

@@ -6,10 +6,13 @@ any maths.
 """
 
 from pyoffline.coupled import CoupledRow
+from pyoffline.group_math import GROUP_ROWS
 from pyoffline.preference_rows import PREFERENCE_ROWS
 from pyoffline.sequence_math import MASK_ROWS, SEQUENCE_ROWS
 
-COUPLED: dict[str, CoupledRow] = {row.name: row for row in (*SEQUENCE_ROWS, *PREFERENCE_ROWS)}
+COUPLED: dict[str, CoupledRow] = {
+    row.name: row for row in (*SEQUENCE_ROWS, *GROUP_ROWS, *PREFERENCE_ROWS)
+}
 # A mask is followed by the terms that it wraps; their number stands in its anchor.
 MASKS: dict[str, CoupledRow] = {row.name: row for row in MASK_ROWS}
 COUPLED_OF_CODE = {row.code: row for row in (*COUPLED.values(), *MASKS.values())}

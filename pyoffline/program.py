@@ -15,6 +15,7 @@ from torch import Tensor
 from pyoffline.coupled import common_unit
 from pyoffline.coupled_table import COUPLED, COUPLED_OF_CODE, MASKS
 from pyoffline.objectives import ANCHORS, CUSTOM_TERMS, ROW_OF_CODE, TABLE, Term
+from pyoffline.records import SEQUENCE_FIELDS
 
 CUSTOM_CODE = 0
 HYPER_COLUMNS = 8  # scale, six parameters, one spare: a row is one cache line
@@ -146,7 +147,7 @@ def compile_terms(terms: tuple[Term, ...]) -> Program:
         tuple(gates),
         frozenset(reads & set(_TOKEN_INPUTS)),
         needs_adv,
-        frozenset(reads - set(_TOKEN_INPUTS)),
+        frozenset(reads & set(SEQUENCE_FIELDS.values())),
         frozenset(name for row in rows for name in row.optional),
         tuple(names for row in rows for names in row.one_of),
     )

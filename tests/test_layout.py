@@ -21,7 +21,8 @@ CODE = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench")
 LAYERS = {
     0: "scalar_ops objective_math preference_math ranking_math checks arrays plan head_rules"
     " records",
-    1: "objectives head_hf calls panel_gemm coupled sequence_math preference_rows coupled_table",
+    1: "objectives head_hf calls panel_gemm coupled sequence_math group_math preference_rows"
+    " coupled_table",
     2: "program head chunk_loop compose coupled_units coupled_program",
     3: "reference cpu token_objectives custom coupled_loop sequence_objectives preference",
     4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled",
