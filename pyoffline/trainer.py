@@ -238,7 +238,9 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
+        before = torch.get_rng_state()  # a loader draws a seed: evaluation must not move training
         batches = list(dataloader)
+        torch.set_rng_state(before)
         self._drop_repeated_rows(batches, dataloader)
         self._add_weights(batches)
         meter, total = Meter(), torch.zeros((), dtype=torch.float64, device=self.args.device)
