@@ -238,6 +238,7 @@ def test_the_methods_differ_in_objective_and_advantage_alone(tmp_path):
         config["trainer"].pop("output_dir")
         seen.append({k: v for k, v in config.items() if k not in ("objective", "advantage")})
     assert all(config == seen[0] for config in seen)
+    assert all(m.advantage == learning.REWARD for m in learning.METHODS if m.alpha is not None)
     assert len({m.key for m in learning.METHODS}) == len(learning.METHODS) == 11
 
 
@@ -268,7 +269,7 @@ def test_the_whole_part_at_a_small_size(tmp_path, capsys):
         "samples.jsonl",
         "results.jsonl",
         "sha256",
-        "PPO-clip, group mean",
+        "PPO-clip, centred",
     ):
         assert name in text
     assert "ppo_clip" in (tmp_path / "train.log").read_text()
@@ -305,4 +306,4 @@ def test_the_title_says_who_won_and_who_lost():
 
     base = judge.Result("behaviour", -1, 0.4, 0.3, 0.0, 0.0, 1.0)
     title = learning_figure.title([row(0, 0.41), row(2, 0.9), row(10, 0.2)], base)
-    assert title == "Right answers: 40% before, 90% with RWR, 20% with AsymRE"
+    assert title == "Right answers: 40% before, 90% with RWR, 20% with AsymRE, centred"

@@ -37,21 +37,21 @@ class Method:
 
 def power(alpha: float) -> Method:
     objective = {"name": "power_is", "alpha": alpha}
-    return Method(f"power-is-{alpha:g}", f"PowerIS {alpha:g}", objective, CENTRED, alpha)
+    return Method(f"power-is-{alpha:g}", f"PowerIS, α = {alpha:g}", objective, REWARD, alpha)
 
 
 METHODS = (
     Method("sft-all", "SFT, all answers", {"name": "nll"}),
-    Method("sft-correct", "SFT, correct ones", {"name": "weighted_nll"}, REWARD, alpha=0.0),
+    Method("sft-correct", "SFT, correct (α = 0)", {"name": "weighted_nll"}, REWARD, alpha=0.0),
     Method("rwr", "RWR", {"name": "weighted_nll"}, {"name": "rwr", "lam": 2.0}),
     power(0.25),
     power(0.5),
     power(0.75),
-    Method("is", "importance sampling", {"name": "importance_sampling"}, REWARD, alpha=1.0),
+    Method("is", "IS (α = 1)", {"name": "importance_sampling"}, REWARD, alpha=1.0),
     Method("ppo-clip", "PPO-clip", {"name": "ppo_clip"}, REWARD),
-    Method("is-group", "IS, group mean", {"name": "importance_sampling"}, CENTRED),
-    Method("ppo-group", "PPO-clip, group mean", {"name": "ppo_clip"}, CENTRED),
-    Method("asym-re", "AsymRE", {"name": "asym_re"}, CENTRED),
+    Method("is-group", "IS, centred", {"name": "importance_sampling"}, CENTRED),
+    Method("ppo-group", "PPO-clip, centred", {"name": "ppo_clip"}, CENTRED),
+    Method("asym-re", "AsymRE, centred", {"name": "asym_re"}, CENTRED),
 )
 
 
@@ -174,6 +174,7 @@ def _say(rows: list[Row], base: Result, n_seeds: int) -> None:
     print(
         "accuracy: probability of the right answer; greedy: fraction right when decoded greedily;"
     )
+    print("centred: the reward minus the mean of its prompt's answers; others: the reward itself")
     print("KL: nats an answer, from the behaviour policy; ESS: of the file's answers\n")
     print(f"{'':22}{'accuracy':>16}{'greedy':>16}{'KL':>16}{'ESS':>16}")
     print(f"{'behaviour policy':22}{base.accuracy:>9.3f}{base.greedy:>16.3f}{0:>16.3f}{1:>16.3f}")

@@ -4,13 +4,15 @@ Left every method, right the corner where the best ones are. The line is the mos
 policy can have at a KL (policy.frontier). Not here: any number that is not in results.jsonl.
 """
 
+import itertools
 import math
 from pathlib import Path
 
 from pyoffline.demo.figure import GRID, INK, save, styled
 
-# Okabe and Ito's colours; a marker of its own for each method as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f")
+# Okabe and Ito's colours, one for the methods on the PowerIS curve; a marker for each method.
+FAMILY = "#0072B2"
+COLOURS = ("#7f7f7f", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
 MARKERS = "osD^vP*Xhp<>"
 LEFT_EDGE = 0.02  # nats: the log axis begins here
 MUTED = "#52606d"
@@ -22,13 +24,10 @@ def draw(rows, base, frontier, subtitle: str, path: Path) -> None:
     """
     end = float(frontier[0][-1])
     close = [r for r in rows if r.kl < 1.5 * end and r.accuracy > (1 + base.accuracy) / 2]
-    styles = {
-        r.method.key: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, r in enumerate(rows)
-    }
+    styles = make_styles(rows)
     with styled() as plt:
         fig = plt.figure(figsize=(13, 6.6), dpi=150, facecolor="white")
-        grid = fig.add_gridspec(1, 2, left=0.055, right=0.885, top=0.79, bottom=0.1, wspace=0.42)
+        grid = fig.add_gridspec(1, 2, left=0.055, right=0.865, top=0.79, bottom=0.1, wspace=0.44)
         left, right = fig.add_subplot(grid[0]), fig.add_subplot(grid[1])
         _frontier(left, frontier)
         _points(left, rows, styles)
@@ -47,6 +46,18 @@ def draw(rows, base, frontier, subtitle: str, path: Path) -> None:
         fig.text(0.02, 0.945, title(rows, base), fontsize=15.5, weight="bold", va="center")
         fig.text(0.02, 0.895, subtitle, fontsize=10.5, color=MUTED, va="center")
         save(plt, fig, path)
+
+
+def make_styles(rows) -> dict[str, dict]:
+    """Colour and marker of each method, by key."""
+    others = itertools.cycle(COLOURS)
+    return {
+        r.method.key: {
+            "color": next(others) if r.method.alpha is None else FAMILY,
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        for i, r in enumerate(rows)
+    }
 
 
 def title(rows, base) -> str:
@@ -95,11 +106,11 @@ def _behaviour(axis, base) -> None:
     axis.axhline(base.accuracy, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
     axis.annotate(
         f"behaviour policy (KL 0): {base.accuracy:.2f}",
-        (1, base.accuracy),
+        (0.3, base.accuracy),
         xycoords=axis.get_yaxis_transform(),
-        xytext=(-4, 4),
+        xytext=(0, -5),
         textcoords="offset points",
-        ha="right",
+        va="top",
         color=MUTED,
         fontsize=10,
     )
@@ -117,9 +128,8 @@ def _wide_axes(axis, rows) -> None:
     axis.set_title("Every method")
     axis.set_ylabel("held-out accuracy (probability of the right answer)")
     axis.set_xlabel("KL from the behaviour policy (nats an answer, log scale)")
-    axis.text(
-        0.03, 0.965, "grey: no policy can be here", transform=axis.transAxes, color=MUTED, va="top"
-    )
+    words = "grey: beyond\nany policy"
+    axis.text(0.03, 0.965, words, transform=axis.transAxes, color=MUTED, va="top")
 
 
 def _near_axes(axis, rows, end: float) -> None:
@@ -128,7 +138,7 @@ def _near_axes(axis, rows, end: float) -> None:
     wide, high = (max(kls) - min(kls)) or 0.1, (max(accuracies) - min(accuracies)) or 0.1
     axis.set_xlim(min(kls) - 0.12 * wide, max(*kls, end) + 0.12 * wide)
     axis.set_ylim(min(accuracies) - 0.1 * high, min(1.02, max(accuracies) + 0.35 * high))
-    axis.set_title("The corner of the best (line: PowerIS, α from 0 to 1)")
+    axis.set_title("The best corner (line: PowerIS, α 0 to 1)")
     axis.set_xlabel("KL from the behaviour policy (nats an answer)")
 
 
@@ -141,8 +151,8 @@ def _mark(left, right) -> None:
     left.add_patch(frame)
     left.annotate(
         "right panel",
-        (x0, y0),
-        xytext=(-3, -3),
+        (x1, y0),
+        xytext=(0, -3),
         textcoords="offset points",
         ha="right",
         va="top",
@@ -173,7 +183,7 @@ def _labels(axis, rows) -> None:
             fontsize=10,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": style["color"], "lw": 0.7, "alpha": 0.7},
+            arrowprops={"arrowstyle": "-", "color": style["color"], "lw": 0.7, "relpos": (0, 0.5)},
         )
 
 
