@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | sanitize | fuzz | clean. Each works first in a fresh clone: it makes .venv.
+# make demo | test | lint | bench | sanitize | fuzz | teeth | clean. Each works first in a fresh clone: it makes .venv.
 #
 # torch comes first and pinned: an unpinned torch would be another build (and on some indexes gigabytes of CUDA).
 # PYOFFLINE_TORCH names another one, PYOFFLINE_VENV another environment.
@@ -14,7 +14,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint bench sanitize fuzz install clean
+.PHONY: demo test lint bench sanitize fuzz teeth install clean
 
 demo: install
 	$(BIN)/pyoffline demo
@@ -36,6 +36,10 @@ sanitize: install
 
 fuzz: install
 	$(BIN)/python tests/fuzz_bindings.py --count 100000 --seed $${SEED:-0}
+
+# Puts known bugs back, one by one, and looks whether the named tests fail (about 20 minutes).
+teeth: install
+	$(BIN)/python tests/teeth/run.py --json tests/teeth/result.json
 
 install: $(INSTALLED)
 

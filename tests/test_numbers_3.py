@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import importlib
 
 import batches
 import compare
@@ -160,6 +161,32 @@ def test_N9_deterministic_logps_do_not_depend_on_batch_position_or_chunks(backen
         compare.same_bits("logps", got[some != -100], want[some != -100])
         policy = po.linear_policy_loss(hidden, head, po.TokenBatch(some), po.NLL())
         compare.same_bits("logps", policy.stats.logps[some != -100], want[some != -100])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("train", [False, True], ids=["score", "train"])
+def test_N9_deterministic_mode_runs_every_product_at_one_shape(backend, train, monkeypatch):
+    """Small products may be independent of their number of rows by luck; the shapes may not."""
+    module = importlib.import_module(f"pyoffline.{backend}")
+    kernels = module.CpuKernels if backend == "cpu" else module.ReferenceKernels
+    plain, shapes = kernels.logits, []
+
+    def spy(self, call, hidden, adapter, out):
+        shapes.append((tuple(hidden.shape), tuple(out.shape)))
+        return plain(self, call, hidden, adapter, out)
+
+    monkeypatch.setattr(kernels, "logits", spy)
+    for n in (1, 37, 300):
+        batch = batches.make(n, bias=True)
+        with po.deterministic(), po.chunk_rows(64):
+            if train:
+                batches.run(batch, po.NLL(), backend)
+            else:
+                with po.use_backend(backend):
+                    po.linear_token_logps(
+                        batch["hidden"], po.Head(batch["weight"]), batch["labels"]
+                    )
+    assert len(shapes) > 5 and set(shapes) == {((64, 48), (64, 301))}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

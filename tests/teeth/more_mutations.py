@@ -147,7 +147,7 @@ MORE = (
         LOOP,
         "        if plan.padded:\n",
         "        if False:\n",
-        NUMBERS_3 + "test_N9_deterministic_logps_do_not_depend_on_batch_position_or_chunks",
+        NUMBERS_3 + "test_N9_deterministic_mode_runs_every_product_at_one_shape",
     ),
     one(
         116,

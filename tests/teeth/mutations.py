@@ -196,12 +196,7 @@ HISTORICAL = (
         13,
         "nothing is stored for ignored rows",
         "csrc/cpu/row_pass.cpp",
-        (
-            (
-                "    write_coefs(args, row, Coefs{});\n    zero_dlogits(args, row);\n",
-                "",
-            ),
-        ),
+        (("    write_coefs(args, row, Coefs{});\n    zero_dlogits(args, row);\n", ""),),
         ("tests/test_compile.py::test_a4_every_element_is_written_in_eager[policy_loss-cpu]",),
     ),
     Mutation(
@@ -281,12 +276,7 @@ HISTORICAL = (
         20,
         "the mean over a rank's own tokens",
         "pyoffline/step_weights.py",
-        (
-            (
-                "    tokens, sequences = reduce(torch.stack(totals))\n",
-                "    tokens, sequences = torch.stack(totals)\n",
-            ),
-        ),
+        (("reduce(torch.stack(totals))", "torch.stack(totals)"),),
         (TRAINER + "test_weights_over_ranks_add_up_after_the_host_averages",),
     ),
     Mutation(
@@ -294,10 +284,7 @@ HISTORICAL = (
         "divided by the accumulation steps a second time",
         "pyoffline/trainer.py",
         (
-            (
-                "        self.model_accepts_loss_kwargs = True\n",
-                "        self.model_accepts_loss_kwargs = False\n",
-            ),
+            ("accepts_loss_kwargs = True\n", "accepts_loss_kwargs = False\n"),
             ("    loss_is_scaled_for_ga = True\n", "    loss_is_scaled_for_ga = False\n"),
         ),
         (TRAINER + "test_loss_and_gradients_equal_a_plain_loop[nll-2-padded]",),

@@ -256,15 +256,22 @@ def summary(rows: list[dict]) -> tuple[str, bool]:
     return "\n".join(lines), good
 
 
+def git(*words: str) -> str:
+    """What git says, or nothing."""
+    program = shutil.which("git")
+    if program is None:
+        return ""
+    done = subprocess.run([program, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def provenance() -> dict:
+    """What a row was measured on."""
     import torch
 
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run(  # noqa: S603
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = git("rev-parse", "HEAD") or "unknown"
     return {
-        "commit": commit or "unknown",
+        "commit": commit + (" and changes" if git("status", "--porcelain") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -272,9 +279,8 @@ def provenance() -> dict:
     }
 
 
-def write(path: Path, rows: list[dict]) -> None:
+def write(path: Path, rows: list[dict], origin: dict) -> None:
     """The table as JSON. Rows that were not run this time stay as they were."""
-    origin = provenance()
     known = {m.number for m in (*HISTORICAL, *MORE)}
     kept = json.loads(path.read_text())["mutations"] if path.is_file() else []
     table = {r["number"]: r for r in kept if r["number"] in known}
@@ -295,7 +301,7 @@ def main(argv=None) -> int:
     if rotten or not table:
         sys.stderr.write("\n".join(rotten or ["no such mutation"]) + "\n")
         return 2
-    rows = []
+    rows, origin = [], provenance()
     with tempfile.TemporaryDirectory(prefix="pyoffline-teeth-") as temporary:
         folder, stash = Path(temporary) / "tree", Path(temporary) / "stash"
         folder.mkdir(), stash.mkdir()
@@ -320,7 +326,7 @@ def main(argv=None) -> int:
     text, good = summary(rows)
     sys.stdout.write(text + "\n")
     if options.json:
-        write(options.json, rows)
+        write(options.json, rows, origin)
     return 0 if good else 1
 
 
