@@ -60,3 +60,16 @@ def test_sampled_prefix_ratios_rank_better_with_more_completions(modes):
     few, many = modes.prefixes(sizes=(64, 4096), repeats=5)
     assert many["agreement"] > 0.97 > few["agreement"]
     assert many["error"] < 0.25 * few["error"]
+
+
+def test_adversarial_imitation_comes_nearer_to_the_expert():
+    """Exact KLs by enumeration, a few rounds; the full run is the example's own."""
+    example = load("adversarial_imitation")
+    log_expert = example.expert()
+    assert float(log_expert.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    g = torch.Generator().manual_seed(7)
+    demos = example.STRINGS[torch.multinomial(log_expert.exp(), 512, True, generator=g)]
+    rows = example.adversarial(po.imitation.airl_rewards, demos, log_expert, 140)
+    assert rows[-1][1] < rows[0][1] - 1.0 and rows[-1][2] < rows[0][2] - 1.0
+    rows = example.cloning(demos, log_expert, 60)
+    assert rows[-1][1] < rows[0][1] - 1.0 and rows[-1][2] < rows[0][2] - 1.0
