@@ -164,6 +164,7 @@ def draw(path: Path, runs: dict[str, list[tuple]]) -> None:
             ax.spines[side].set_visible(False)
     axes[0].set_ylabel("nats", fontsize=9)
     axes[0].set_yscale("log")
+    for ax in axes:
         ax.tick_params(labelsize=8)
     axes[1].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0.4, 0.47))
     figure.savefig(path, dpi=130)
