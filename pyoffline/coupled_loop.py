@@ -170,12 +170,14 @@ class _Loop:
 
     def close(self) -> None:
         """The last chunk had no row with a gradient: a row of zeros ends the accumulation."""
-        call = self.call
-        zeros = call.hidden.new_zeros(1, call.weight.shape[0])
-        x = call.hidden.new_zeros(1, call.hidden.shape[1])
-        u = None if call.adapter_hidden is None else x.new_zeros(1, call.adapter_hidden.shape[1])
-        self.grads.pick = slice(0, 0)
-        self.grads.add(zeros, x, u, (0, 0), True)
+        zeros = self.call.hidden.new_zeros(1, self.call.weight.shape[0])
+        pairs = (
+            (self.grads.dweight, self.call.hidden),
+            (self.grads.dadapter_weight, self.call.adapter_hidden),
+        )
+        for grad, source in pairs:
+            if grad is not None:
+                grad.add(self.k, zeros, source.new_zeros(1, source.shape[1]), True)
 
     def long_frozen(self, block: Block, sequences: slice) -> None:
         """u = dlogp/dhidden in the pass that gives the statistics, then dhidden = a u."""

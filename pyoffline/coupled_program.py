@@ -110,14 +110,19 @@ class _Run:
         return _Term([scale * got.loss], torch.where(per_token.isnan(), torch.nan, coefs))
 
     def masked(self, k: int, last: int) -> _Term:
-        """A mask's `loss` [n] is 1 where a token is kept, else 0."""
-        keep = self.row(k)[0].loss != 0
-        part, c = self.walk(k + 1, last), self.c
-        of_sequence = c.first(keep.double()) != 0
-        losses = [
-            torch.where(keep if x.shape == keep.shape else of_sequence, x, 0.0) for x in part.losses
-        ]
-        return _Term(losses, torch.where(keep, part.coefs, 0.0))
+        """A mask's `loss` [n] is 1 where a token is kept, 0 where not, NaN where nobody knows; what
+        is dropped is 0, unless it is NaN.
+        """
+        keep = self.row(k)[0].loss
+        part = self.walk(k + 1, last)
+        of_sequence = self.c.first(keep)
+
+        def apply(x: Tensor) -> Tensor:
+            mask = keep if x.shape[-1:] == keep.shape else of_sequence
+            x = torch.where(mask.isnan(), torch.nan, x)
+            return torch.where((mask == 0) & ~x.isnan(), 0.0, x)
+
+        return _Term([apply(x) for x in part.losses], apply(part.coefs))
 
 
 def evaluate_units(codes, hyper: Tensor, c: Coupled, omega, gap: Tensor | None) -> Evaluated:

@@ -128,9 +128,10 @@ def kl_regularized_pg(c: Coupled) -> CoupledLoss:
 
 def opsm(c: Coupled) -> CoupledLoss:
     """A mask, 1 where kept: 0 where A < 0 and mean(mu-l) > delta (DeepSeek-V3.2, eq. 9)."""
-    stale = c.spread(c.mean(c.mu - c.logp)) > c.params[0]
-    keep = ~(stale & (c.adv < 0))
-    return CoupledLoss(keep, keep, metrics={"opsm/masked_fraction": (~keep).double()})
+    drift = c.spread(c.mean(c.mu - c.logp))
+    keep = 1.0 - ((drift > c.params[0]) & (c.adv < 0)).double()
+    keep = torch.where((drift != drift) | (c.adv != c.adv), torch.nan, keep)
+    return CoupledLoss(keep, keep, metrics={"opsm/masked_fraction": 1.0 - keep})
 
 
 _CLIP = ("clip_low", "clip_high")
