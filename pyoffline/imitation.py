@@ -141,7 +141,9 @@ def policy_rewards(
 
     form="gradient": u f'(u) - f(u), for which `-E_policy[reward * grad log pi]` *is* the gradient
     of D_f at the optimal discriminator. form="f_max": -f(u), the density ratio taken as fixed
-    (f-MAX). The named ones: `airl_rewards`, `gail_rewards`, `fairl_rewards`.
+    (f-MAX): near the expert its slope in d is -f'(1), so it descends for reverse_kl, is flat to
+    first order for js and alpha, and ascends for forward_kl. The named ones: `airl_rewards`,
+    `gail_rewards`, `fairl_rewards`.
     """
     if form not in ("gradient", "f_max"):
         raise ValueError(f"form={form!r}: expected 'gradient' or 'f_max'")
@@ -161,7 +163,12 @@ def gail_rewards(logits: Tensor) -> Tensor:
 
 
 def fairl_rewards(logits: Tensor) -> Tensor:
-    """`-d e^d`: forward KL in the f-MAX form, mass covering. (FAIRL 1911.02256)"""
+    """`-d e^d`: forward KL in the f-MAX form, as published. (FAIRL 1911.02256)
+
+    Its slope at d = 0 is -1: near the expert a policy-gradient step on it *raises* forward KL
+    (the step is minus the gradient form's; `examples/adversarial_imitation.py` diverges with it).
+    `policy_rewards(d, "forward_kl")` = e^d descends forward KL.
+    """
     return FORWARD_KL.f_max_reward(logits.detach())
 
 

@@ -60,3 +60,50 @@ def test_sampled_prefix_ratios_rank_better_with_more_completions(modes):
     few, many = modes.prefixes(sizes=(64, 4096), repeats=5)
     assert many["agreement"] > 0.97 > few["agreement"]
     assert many["error"] < 0.25 * few["error"]
+
+
+@pytest.fixture(scope="module")
+def imitation():
+    return load("adversarial_imitation")
+
+
+def test_the_discriminator_loop_and_cloning_run_on_exact_kls(imitation):
+    """A few rounds; what 400 of them reach is the example's own output."""
+    log_expert = imitation.expert()
+    assert float(log_expert.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    g = torch.Generator().manual_seed(7)
+    demos = imitation.STRINGS[torch.multinomial(log_expert.exp(), 512, True, generator=g)]
+    rows = imitation.adversarial(po.imitation.airl_rewards, demos, log_expert, 20)
+    assert [r[0] for r in rows] == [0, 20] and rows[0][1:] != rows[1][1:]
+    assert all(0 < kl < 100 for r in rows for kl in r[1:])
+    rows = imitation.cloning(demos, log_expert, 60)
+    assert rows[-1][1] < rows[0][1] - 1.0 and rows[-1][2] < rows[0][2] - 1.0
+
+
+@pytest.mark.parametrize(
+    ("rewards", "nearer"),
+    [("airl_rewards", True), ("gail_rewards", True), ("fairl_rewards", False)],
+)
+def test_with_the_true_density_ratio_all_rewards_but_fairls_lead_to_the_expert(
+    imitation, rewards, nearer
+):
+    """The example's policy step, its discriminator replaced by the exact log ratio."""
+    torch.manual_seed(0)
+    g, log_expert = torch.Generator().manual_seed(0), imitation.expert()
+    policy, group = imitation.Policy(), torch.zeros(256, dtype=torch.int64)
+    places = imitation.LETTERS ** torch.arange(imitation.LENGTH - 1, -1, -1)
+    act = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    before = imitation.kls(policy.log_probs(), log_expert)
+    for _ in range(40):
+        strings = policy.sample(256, g)
+        at = (strings * places).sum(1)
+        d = (log_expert - policy.log_probs())[at].clamp(-imitation.CLIP, imitation.CLIP)
+        paid = getattr(po.imitation, rewards)(d)
+        act.zero_grad()
+        policy.loss(
+            strings, po.WeightedNLL(), po.advantages.group_normalize(paid, group)
+        ).backward()
+        act.step()
+    after = imitation.kls(policy.log_probs(), log_expert)
+    assert (sum(after) < 0.6 * sum(before)) == nearer
+    assert nearer or sum(after) > sum(before)

@@ -87,6 +87,22 @@ def test_the_gradient_reward_descends_the_divergence_exactly(name, alpha):
     same(got, want)
 
 
+@pytest.mark.parametrize(("name", "sign"), [("reverse_kl", 1.0), ("forward_kl", -1.0)])
+def test_near_the_expert_the_f_max_step_is_minus_f_prime_of_1_times_the_gradients(name, sign):
+    """FAIRL's published reward raises forward KL there: its step is the opposite one."""
+    g = torch.Generator().manual_seed(1)
+    theta, noise = torch.randn(2, 6, generator=g, dtype=torch.float64)
+    log_pi, expert = theta.log_softmax(0), (theta + 1e-4 * noise).softmax(0)
+    d = expert.log() - log_pi
+    steps = []
+    for form in ("gradient", "f_max"):
+        reward = im.policy_rewards(d, name, form=form)
+        p = log_pi.exp()
+        steps.append(-p * (reward - (p * reward).sum()))
+    same(steps[1], sign * steps[0], 1e-7)
+    assert steps[0].norm() > 1e-5
+
+
 @pytest.mark.parametrize(("name", "alpha"), CASES)
 @pytest.mark.parametrize("form", ["gradient", "f_max"])
 def test_at_the_expert_every_answer_is_paid_the_same(name, alpha, form):

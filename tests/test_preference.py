@@ -9,6 +9,7 @@ import pytest
 import torch
 from batches import BACKENDS
 from preference_cases import BATCHWISE, CASES, LENGTHS, PAIRED, B, P, S, T, draw, run, truth
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pyoffline as po
 
@@ -293,3 +294,22 @@ def test_lengths_are_those_of_the_tokens_that_count():
     labels[4, 3:] = -100
     batch["tokens"] = replace(batch["tokens"], labels=labels)
     same(got[0], truth("ipo", batch)[0])
+
+
+def test_a3_twenty_values_of_beta_and_margin_are_one_compile():
+    counter = CompileCounterWithBackend("aot_eager")
+    batch = draw("margin", 18, torch.float32)
+    logits = batch["hidden"] @ batch["weight"].T
+
+    def loss(z, tokens, objective):
+        return po.policy_loss(z, tokens, objective).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    torch._dynamo.reset()
+    for k in range(20):
+        objective = po.DPO(0.05 + 0.01 * k, margin=0.1 * k)
+        z, eager = (logits.clone().requires_grad_() for _ in range(2))
+        got, want = (f(x, batch["tokens"], objective) for f, x in ((compiled, z), (loss, eager)))
+        assert torch.equal(got, want)
+        assert torch.equal(*(torch.autograd.grad(x, y)[0] for x, y in ((got, z), (want, eager))))
+    assert counter.frame_count == 1
