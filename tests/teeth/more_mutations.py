@@ -359,7 +359,7 @@ MORE = (
     ),
     one(
         142,
-        "the whole batch's top-1 is where the label's logit is not NaN",
+        "every row counts as top-1",
         ROWS,
         "out.is_top1 = sums.t_label >= 0.0f;",
         "out.is_top1 = sums.t_label == sums.t_label;",
