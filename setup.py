@@ -38,16 +38,13 @@ PACKAGE_DIR = {"pyoffline.kernels": "kernels"}
 
 # No flag that assumes finite numbers: NaN and inf must show.
 CXX_FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 ISA_FLAGS = {
-    "row_pass_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "row_pass_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mf16c",
-    ],
+    "distill_avx2.cpp": AVX2,
+    "distill_avx512.cpp": AVX512,
+    "row_pass_avx2.cpp": AVX2,
+    "row_pass_avx512.cpp": AVX512,
 }
 EXTRA_FLAGS = shlex.split(os.environ.get("PYOFFLINE_CXXFLAGS", ""))
 NVCC_FLAGS = [

@@ -6,9 +6,8 @@
 // send an index past the row.
 #include <cmath>
 #include <map>
-#include <set>
-#include <vector>
 
+#include "bind_row_args.h"
 #include "bindings.h"
 #include "cpu/dispatch.h"
 #include "cpu/score.h"
@@ -54,47 +53,6 @@ const std::map<std::string, unsigned>& needs_table() {
   return table;
 }
 
-// Keyword arguments by name; what nobody asked for is an error that names it.
-class Keywords {
- public:
-  Keywords(const CallArgs& call, py::kwargs kwargs) : call_(call), kwargs_(std::move(kwargs)) {}
-  py::object get(const char* name) {
-    asked_.insert(name);
-    return kwargs_.contains(name) ? py::object(kwargs_[name]) : py::none();
-  }
-  float number(const char* name, double fallback) {
-    py::object value = get(name);
-    return static_cast<float>(value.is_none() ? fallback : float_arg(call_, value, name));
-  }
-  int64_t integer(const char* name, int64_t fallback, int64_t low, int64_t high) {
-    py::object value = get(name);
-    return value.is_none() ? fallback : int_arg(call_, value, name, low, high);
-  }
-  void check_all_read() const {
-    for (const auto& item : kwargs_) {
-      const std::string name = py::str(item.first);
-      if (!asked_.count(name))
-        throw py::type_error(call_.function() + ": unknown argument '" + name + "'; see help(" +
-                             call_.function() + ")");
-    }
-  }
-
- private:
-  const CallArgs& call_;
-  py::kwargs kwargs_;
-  std::set<std::string> asked_;
-};
-
-// What RowArgs points into: kept for the length of the call.
-struct RowCall {
-  explicit RowCall(const char* function) : call(function) {}
-  CallArgs call;
-  RowArgs args{};
-  std::vector<int64_t> labels;
-  std::vector<const float*> extras;
-  std::vector<Term> terms;
-};
-
 const float* read_floats(RowCall& row, Keywords& keywords, const char* name, int64_t count) {
   return static_cast<float*>(row.call.maybe_input(keywords.get(name), name, kF32, {count}).data);
 }
@@ -102,16 +60,6 @@ const float* read_floats(RowCall& row, Keywords& keywords, const char* name, int
 float* write_floats(RowCall& row, Keywords& keywords, const char* name) {
   return static_cast<float*>(
       row.call.maybe_output(keywords.get(name), name, kF32, {row.args.rows}).data);
-}
-
-// Only a list or tuple: iterating over an array would read whatever its strides say.
-py::tuple tuple_arg(const CallArgs& call, py::handle object, const std::string& name) {
-  if (object.is_none()) return py::tuple();
-  if (!PyList_Check(object.ptr()) && !PyTuple_Check(object.ptr()))
-    call.fail_type(name, "a list or tuple", object, "pass list(x)");
-  PyObject* tuple = PySequence_Tuple(object.ptr());
-  if (!tuple) throw py::error_already_set();  // a subclass whose __iter__ raises
-  return py::reinterpret_steal<py::tuple>(tuple);
 }
 
 void read_logits(RowCall& row, py::handle logits, Keywords& keywords) {
@@ -248,8 +196,17 @@ void read_terms(RowCall& row, Keywords& keywords) {
     call.fail("codes", "an objective, because dlogits is given", "none", "pass codes or coefs");
 }
 
-// Copies the labels; a bad one at a row that is never read becomes ignore_index, any other is an
-// IndexError.
+}  // namespace
+
+py::tuple tuple_arg(const CallArgs& call, py::handle object, const std::string& name) {
+  if (object.is_none()) return py::tuple();
+  if (!PyList_Check(object.ptr()) && !PyTuple_Check(object.ptr()))
+    call.fail_type(name, "a list or tuple", object, "pass list(x)");
+  PyObject* tuple = PySequence_Tuple(object.ptr());
+  if (!tuple) throw py::error_already_set();  // a subclass whose __iter__ raises
+  return py::reinterpret_steal<py::tuple>(tuple);
+}
+
 void check_labels(RowCall& row, const int64_t* labels) {
   RowArgs& args = row.args;
   const CallArgs& call = row.call;
@@ -269,12 +226,25 @@ void check_labels(RowCall& row, const int64_t* labels) {
   args.labels = row.labels.data();
 }
 
-// Everything that both entry points read by name, in the order in which errors are found.
-void read_rows(RowCall& row, Keywords& keywords, const TensorArg& labels) {
+void read_row_arguments(RowCall& row, Keywords& keywords) {
   read_head(row, keywords);
   read_inputs(row, keywords);
   read_outputs(row, keywords);
   read_terms(row, keywords);
+}
+
+TensorArg read_stored_rows(RowCall& row, Keywords& keywords, py::handle logits, py::handle labels) {
+  row.args.ignore_index = keywords.integer("ignore_index", -100, INT64_MIN, INT64_MAX);
+  row.args.threads = static_cast<int32_t>(keywords.integer("threads", 1, 1, 1024));
+  read_logits(row, logits, keywords);
+  return row.call.input(labels, "labels", kI64, {row.args.rows});
+}
+
+namespace {
+
+// What both entry points of this file read by name, in the order in which errors are found.
+void read_rows(RowCall& row, Keywords& keywords, const TensorArg& labels) {
+  read_row_arguments(row, keywords);
   keywords.check_all_read();
   row.call.check_overlaps();
   check_labels(row, static_cast<const int64_t*>(labels.data));
@@ -283,11 +253,7 @@ void read_rows(RowCall& row, Keywords& keywords, const TensorArg& labels) {
 void row_pass_py(py::object logits, py::object labels, py::kwargs kwargs) {
   RowCall row("row_pass");
   Keywords keywords(row.call, std::move(kwargs));
-  row.args.ignore_index = keywords.integer("ignore_index", -100, INT64_MIN, INT64_MAX);
-  row.args.threads = static_cast<int32_t>(keywords.integer("threads", 1, 1, 1024));
-  read_logits(row, logits, keywords);
-  const TensorArg label_arg = row.call.input(labels, "labels", kI64, {row.args.rows});
-  read_rows(row, keywords, label_arg);
+  read_rows(row, keywords, read_stored_rows(row, keywords, logits, labels));
   if (row.args.rows == 0) return;
   py::gil_scoped_release release;
   row_pass(row.args);

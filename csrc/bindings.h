@@ -9,6 +9,7 @@ namespace pyoffline {
 
 void bind_row_pass(py::module_& module);  // bind_row_pass.cpp: row_pass, score_rows, codes
 void bind_gemm(py::module_& module);      // bind_gemm.cpp: gemm_*, set_gemm
+void bind_distill(py::module_& module);   // bind_distill.cpp: distill_row_pass, divergence_codes
 
 // An empty matrix may carry any stride: none of them is ever multiplied.
 inline Matrix matrix(const TensorArg& arg) {

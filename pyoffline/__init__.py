@@ -10,6 +10,8 @@ Importing needs torch and numpy only; it starts no threads and touches no GPU.
 from pyoffline import advantages as advantages
 from pyoffline import corrections as corrections
 from pyoffline import diagnostics as diagnostics
+from pyoffline import imitation as imitation
+from pyoffline import reward_models as reward_models
 from pyoffline.aggregate import shift_labels as shift_labels
 from pyoffline.aggregate import token_weights as token_weights
 from pyoffline.backends import backends as backends
@@ -20,6 +22,16 @@ from pyoffline.cross_entropy import linear_cross_entropy as linear_cross_entropy
 from pyoffline.custom import ShapedIS as ShapedIS
 from pyoffline.custom import custom as custom
 from pyoffline.custom import register_objective as register_objective
+from pyoffline.device_flags import check as check
+from pyoffline.distill import cosine_distill_loss as cosine_distill_loss
+from pyoffline.distill import linear_distill_loss as linear_distill_loss
+from pyoffline.divergences import JSD as JSD
+from pyoffline.divergences import TVD as TVD
+from pyoffline.divergences import AlphaDivergence as AlphaDivergence
+from pyoffline.divergences import Divergence as Divergence
+from pyoffline.divergences import ForwardKL as ForwardKL
+from pyoffline.divergences import RenyiDivergence as RenyiDivergence
+from pyoffline.divergences import ReverseKL as ReverseKL
 from pyoffline.explain import explain as explain
 from pyoffline.head import Head as Head
 from pyoffline.logps import linear_token_logps as linear_token_logps
@@ -29,10 +41,37 @@ from pyoffline.plan import deterministic as deterministic
 from pyoffline.plan import memory_budget as memory_budget
 from pyoffline.policy_loss import linear_policy_loss as linear_policy_loss
 from pyoffline.policy_loss import policy_loss as policy_loss
+from pyoffline.preference import CPO as CPO
+from pyoffline.preference import DPO as DPO
+from pyoffline.preference import KTO as KTO
+from pyoffline.preference import ORPO as ORPO
+from pyoffline.preference import RRHF as RRHF
+from pyoffline.preference import TPO as TPO
+from pyoffline.preference import WPO as WPO
+from pyoffline.preference import AlphaPO as AlphaPO
+from pyoffline.preference import ListDPO as ListDPO
+from pyoffline.preference import SimPO as SimPO
 from pyoffline.records import LossOutput as LossOutput
 from pyoffline.records import SequenceBatch as SequenceBatch
 from pyoffline.records import TokenBatch as TokenBatch
 from pyoffline.records import TokenStats as TokenStats
+from pyoffline.sequence_objectives import GMPO as GMPO
+from pyoffline.sequence_objectives import GSPO as GSPO
+from pyoffline.sequence_objectives import LUSPO as LUSPO
+from pyoffline.sequence_objectives import OPSM as OPSM
+from pyoffline.sequence_objectives import TOPR as TOPR
+from pyoffline.sequence_objectives import VESPO as VESPO
+from pyoffline.sequence_objectives import AlphaELBO as AlphaELBO
+from pyoffline.sequence_objectives import AStarPO as AStarPO
+from pyoffline.sequence_objectives import (
+    ImportanceWeightedSFTSequence as ImportanceWeightedSFTSequence,
+)
+from pyoffline.sequence_objectives import KLRegularizedPG as KLRegularizedPG
+from pyoffline.sequence_objectives import RenyiRWR as RenyiRWR
+from pyoffline.sequence_objectives import SequencePowerIS as SequencePowerIS
+from pyoffline.teachers import TeacherHead as TeacherHead
+from pyoffline.teachers import TeacherLogits as TeacherLogits
+from pyoffline.teachers import TeacherTopK as TeacherTopK
 from pyoffline.token_objectives import CISPO as CISPO
 from pyoffline.token_objectives import DFT as DFT
 from pyoffline.token_objectives import DPPO as DPPO

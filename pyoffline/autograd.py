@@ -19,6 +19,7 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 
 from pyoffline import ops
+from pyoffline.backends import load, pick, why_not
 from pyoffline.ops import DTYPES
 
 # References to a formed gradient that nobody outside holds: the tuple of them, the argument of
@@ -36,6 +37,11 @@ def _eager(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
+def is_read_by_host(upstream: Tensor, grad: Tensor) -> bool:
+    """Whether the upstream gradient is a number that the host has; else a kernel reads it."""
+    return upstream.device.type == "cpu" and pick("cpu", grad.dtype) != "triton"
+
+
 def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * upstream, cast once; in place where the gradient is ours to write, untouched where
     upstream is 1.
@@ -44,8 +50,13 @@ def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
         # is_grads_batched: several upstreams at once
         wide = torch.promote_types(grad.dtype, torch.float32)
         return (grad.to(wide) * upstream.to(wide)).to(dtype)
-    if not _eager(grad) or upstream.device.type != "cpu":
+    if not _eager(grad):
         return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
+    if not is_read_by_host(upstream, grad):
+        shared = sys.getrefcount(grad) > PRIVATE or not grad.is_contiguous()
+        if shared or why_not("triton", grad.device.type, grad.dtype):
+            return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
+        return load("triton", grad).scale_by_upstream(grad, upstream).to(dtype)
     factor = upstream.item()
     if factor != 1.0:
         grad = grad.mul_(factor) if sys.getrefcount(grad) <= PRIVATE else grad * factor

@@ -8,24 +8,39 @@ the op's row. Not here: the backends.
 import contextlib
 import contextvars
 import importlib
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
 
-OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps")
+DISTILL = "linear_distill_loss"
+OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps", DISTILL)
 NAMES = ("reference", "cpu", "triton", "cuda")
 # First available wins. GPU order is to be set by committed benchmarks (bench/results/).
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-MODULES = {"reference": "pyoffline.reference", "cpu": "pyoffline.cpu"}
+MODULES = {
+    "reference": "pyoffline.reference",
+    "cpu": "pyoffline.cpu",
+    "triton": "pyoffline.triton_backend",
+}
+# Ops that are modules of their own; a backend that is not in its row does not serve the op.
+OP_MODULES = {DISTILL: {"reference": "pyoffline.reference_distill", "cpu": "pyoffline.cpu_distill"}}
 
 _choice = contextvars.ContextVar("pyoffline_backend", default="auto")
 
 
-def why_not(name: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+def why_not(
+    name: str, device: str, dtype: torch.dtype | None = None, op: str | None = None
+) -> str | None:
     """None when the backend can serve tensors on this device, else the reason in words."""
+    if name not in OP_MODULES.get(op, NAMES):
+        return f"the {name} backend has no {op}"
     if name == "reference":
         return None
-    if name in ("triton", "cuda"):
+    if name == "triton":
+        return _why_not_triton(device, dtype)
+    if name == "cuda":
         return f"the {name} backend is not built yet: GPU kernels come with a later release"
     if device != "cpu":
         return f"the cpu backend serves CPU tensors, these are on {device}"
@@ -40,6 +55,27 @@ def why_not(name: str, device: str, dtype: torch.dtype | None = None) -> str | N
     )
 
 
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_triton(device: str, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return "the triton backend computes in fp32; fp64 inputs run on the reference backend"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'pyoffline[triton]' (Linux)"
+    if interpreting():
+        return None if device == "cpu" else "TRITON_INTERPRET=1 is set: CPU tensors only"
+    if device != "cuda":
+        return f"the triton backend serves GPU tensors, these are on {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "the triton backend needs compute capability 8.0 (Ampere) or later"
+    return None
+
+
 @contextlib.contextmanager
 def use_backend(name: str):
     """Use this backend ("reference", "cpu", "triton", "cuda" or "auto") inside the block.
@@ -49,10 +85,9 @@ def use_backend(name: str):
     """
     if name not in (*NAMES, "auto"):
         raise ValueError(f"use_backend: expected one of {', '.join(NAMES)}, auto; got {name!r}")
-    if name in ("triton", "cuda"):
-        raise RuntimeError(f"use_backend({name!r}): {why_not(name, 'cuda')}")
-    if name == "cpu" and (reason := why_not(name, "cpu")):
-        raise RuntimeError(f"use_backend('cpu'): {reason}")
+    home = "cpu" if name == "cpu" or interpreting() else "cuda"
+    if name in ("cpu", "triton", "cuda") and (reason := why_not(name, home)):
+        raise RuntimeError(f"use_backend({name!r}): {reason}")
     token = _choice.set(name)
     try:
         yield
@@ -60,28 +95,30 @@ def use_backend(name: str):
         _choice.reset(token)
 
 
-def pick(device: str, dtype: torch.dtype) -> str:
-    """The backend for tensors of this device and dtype. A compiled graph carries "auto" instead
-    and picks when it runs: `use_backend` holds for it too, and is nothing to guard on.
+def pick(device: str, dtype: torch.dtype, op: str | None = None) -> str:
+    """The backend for tensors of this device and dtype (and this op). A compiled graph carries
+    "auto" instead and picks when it runs: `use_backend` holds for it too, and is nothing to guard
+    on.
     """
     if torch.compiler.is_compiling():
         return "auto"
     name = _choice.get()
     if name != "auto":
-        reason = why_not(name, device, dtype)
+        reason = why_not(name, device, dtype, op)
         if reason:
             raise RuntimeError(f"backend {name!r}: {reason}")
         return name
-    return next(n for n in ORDER.get(device, ("reference",)) if why_not(n, device, dtype) is None)
+    order = ORDER.get(device, ("reference",))
+    return next(n for n in order if why_not(n, device, dtype, op) is None)
 
 
-def load(name: str, x: torch.Tensor):
+def load(name: str, x: torch.Tensor, op: str | None = None):
     """The module of a backend (for "auto": the one picked now, for `x`): it has
-    `linear(LinearCall)` and `logits(LogitsCall)`.
+    `linear(LinearCall)` and `logits(LogitsCall)`, or for an op of OP_MODULES that op's function.
     """
     if name == "auto":
-        name = pick(x.device.type, x.dtype)
-    return importlib.import_module(MODULES[name])
+        name = pick(x.device.type, x.dtype, op)
+    return importlib.import_module(OP_MODULES.get(op, MODULES)[name])
 
 
 @dataclass(frozen=True)
@@ -105,12 +142,12 @@ def backends() -> BackendTable:
     rows = []
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         for op in OPS:
-            picked = pick(device, torch.float32)
+            picked = pick(device, torch.float32, op)
             others = []
             for name in NAMES:
                 if name == picked:
                     continue
-                reason = why_not(name, device)
+                reason = why_not(name, device, op=op)
                 if reason is None:
                     forced = f"use_backend({_choice.get()!r}) is in force"
                     slower = f"available, after {picked} in the order for {device}"

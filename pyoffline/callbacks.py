@@ -6,6 +6,7 @@ Not here: TensorBoard (transformers' own callback, `trainer.report_to: tensorboa
 
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -39,6 +40,8 @@ class JsonlCallback(TrainerCallback):
         self.seconds: list[tuple[float, float]] = []  # wall and processor time of each step
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if args.should_save and self.path.is_file():
+            _cut_torn_line(self.path)
         now, peak = memory_mib()
         event = {"event": "train_begin", "step": state.global_step, "max_steps": state.max_steps}
         event["threads"] = torch.get_num_threads()
@@ -80,9 +83,23 @@ class JsonlCallback(TrainerCallback):
             k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in row.items()
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: a line of metrics could not be written: {error.strerror or error}; "
+                "make room and pass --resume to go on from the newest checkpoint"
+            ) from None
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A killed or full-disk run may leave half a line at the end: it goes."""
+    text = path.read_bytes()
+    if text and not text.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
 
 
 class ProgressBar(TrainerCallback):
@@ -118,21 +135,30 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+class StoppedInEvaluation(Exception):
+    """A signal came while an evaluation ran; the step before it is complete."""
+
+
 class StopCallback(TrainerCallback):
     """Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second Ctrl-C stops at once.
 
-    `stopped_by` is the signal's number, or None. Signals are restored when training ends.
+    An evaluation is not finished: it raises StoppedInEvaluation, and the caller writes the
+    checkpoint. `stopped_by` is the signal's number, or None. Signals are restored when training
+    ends.
     """
 
     def __init__(self):
         self.stopped_by = None
         self._before: dict = {}
+        self._pid = os.getpid()
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
+        if os.getpid() != self._pid:  # a data loader's worker: the trainer decides when it ends
+            return
         if self.stopped_by is not None:
             raise KeyboardInterrupt
         self.stopped_by = number
@@ -141,6 +167,11 @@ class StopCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.stopped_by is not None:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.stopped_by is not None:
+            raise StoppedInEvaluation
 
     def on_train_end(self, args, state, control, **kwargs):
         self.restore()

@@ -6,6 +6,7 @@ the logits come from. A backend implements `linear(LinearCall)` and `logits(Logi
 checks, shapes other than flat.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -49,6 +50,7 @@ class Rows:
     bias: Tensor | None = None  # [V]
     class_weight: Tensor | None = None  # [V]
     ignore_index: int = -100
+    index: Tensor | None = None  # [N] where a row lies in the call's batch, int64
 
     def counts(self) -> Tensor:
         """[N] bool: rows that are read at all."""
@@ -71,12 +73,14 @@ class Rows:
         return replace(self, extras={k: fn(v) for k, v in self.extras.items()}, **new)
 
 
-_PER_ROW = frozenset({"labels", "weights", "old", "mu", "ref", "adv", "temperature"})
+_PER_ROW = frozenset({"labels", "weights", "old", "mu", "ref", "adv", "temperature", "index"})
 
 
 @dataclass(frozen=True, eq=False)
 class RowOutputs:
-    """Per-row results, [N]; `loss` is before the weight. `coefs` [4, N] only where asked."""
+    """Per-row results, [N]; `loss` is before the weight. `coefs` [4, N] and `gap` only where
+    asked.
+    """
 
     loss: Tensor
     logps: Tensor
@@ -85,13 +89,18 @@ class RowOutputs:
     log_sum_p2: Tensor
     is_top1: Tensor
     coefs: Tensor | None = None
+    gap: Tensor | None = None
 
     @staticmethod
-    def zeros(n: int, dtype: torch.dtype, device, coefs: bool = False) -> "RowOutputs":
+    def zeros(
+        n: int, dtype: torch.dtype, device, coefs: bool = False, gap: bool = False
+    ) -> "RowOutputs":
         # separate storages: outputs of a custom op may not alias each other
         floats = (torch.zeros(n, dtype=dtype, device=device) for _ in range(5))
         given = torch.zeros(4, n, dtype=dtype, device=device) if coefs else None
-        return RowOutputs(*floats, torch.zeros(n, dtype=torch.bool, device=device), given)
+        # NaN: a backend that does not fill it shows
+        spare = torch.full((n,), torch.nan, dtype=dtype, device=device) if gap else None
+        return RowOutputs(*floats, torch.zeros(n, dtype=torch.bool, device=device), given, spare)
 
     def map(self, fn) -> "RowOutputs":
         """Apply `fn` along the rows (the last dimension) of every tensor."""
@@ -127,12 +136,15 @@ class LinearCall:
     adapter_hidden: Tensor | None = None  # [N, r]
     adapter_weight: Tensor | None = None  # [V, r]
     wants_coefs: bool = False
+    # (kernels, call) -> LinearResult: another loop over the same kernels (coupled objectives)
+    loop: Callable | None = None
+    beside: int = 0  # bytes per logit that the row pass keeps beside the chunk (a teacher's chunk)
 
 
 @dataclass(frozen=True, eq=False)
 class LinearResult:
     """Gradients are fp32 for fp16 inputs (they are cast once, after the upstream gradient); None
-    where not needed.
+    where not needed. `metrics` [M] of a coupled objective.
     """
 
     loss: Tensor
@@ -142,6 +154,7 @@ class LinearResult:
     dbias: Tensor | None = None
     dadapter_hidden: Tensor | None = None
     dadapter_weight: Tensor | None = None
+    metrics: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +165,7 @@ class LogitsCall:
     rows: Rows
     needs_grad: bool
     wants_coefs: bool = False
+    wants_gap: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,4 +177,4 @@ class LogitsResult:
     loss: Tensor
     out: RowOutputs
     dlogits: Tensor | None = None
-    unscale: float = 1.0
+    unscale: float | Tensor = 1.0

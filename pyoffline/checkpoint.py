@@ -2,19 +2,21 @@
 or read.
 
 `optimizer.safetensors` holds state tensors as `<parameter>.<name>`, everything else as JSON in its
-metadata; `rng_state_<rank>.safetensors` the generators; `scheduler.json`. Every file is written
-beside its place and renamed, so that a killed process leaves an old file or a new one. Not here:
-model weights (transformers writes them as safetensors).
+metadata; `rng_state_<rank>.safetensors` the generators; `scheduler.json`. Not here: model weights
+(transformers writes them as safetensors), and how a folder becomes complete (run_folder.py).
 """
 
+import contextlib
 import json
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from pyoffline import run_folder
 
 OPTIMIZER, SCHEDULER = "optimizer.safetensors", "scheduler.json"
 PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt")
@@ -32,7 +34,7 @@ def save_optimizer(folder: Path, optimizer, scheduler) -> None:
             else:
                 plain[f"{index}.{name}"] = value
     groups = json.dumps({"param_groups": state["param_groups"], "plain": plain}, default=_number)
-    _write_tensors(folder / OPTIMIZER, tensors, {"state": groups})
+    save_file(tensors, folder / OPTIMIZER, metadata={"state": groups})
     if scheduler is not None:
         _write_text(folder / SCHEDULER, json.dumps(scheduler.state_dict(), default=_number))
 
@@ -67,7 +69,7 @@ def save_rng(folder: Path, rank: int) -> None:
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     meta = {"python": json.dumps(random.getstate()), "numpy": json.dumps([kind, *rest])}
-    _write_tensors(folder / f"rng_state_{rank}.safetensors", tensors, meta)
+    save_file(tensors, folder / f"rng_state_{rank}.safetensors", metadata=meta)
 
 
 def load_rng(folder: Path, rank: int) -> None:
@@ -95,22 +97,102 @@ def _number(value):
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def _write_tensors(path: Path, tensors: dict, meta: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=meta)
-    temporary.replace(path)
-
-
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _nothing():
+    yield
 
 
 class SafeCheckpoints:
-    """Mix-in for transformers.Trainer: its checkpoints hold safetensors and JSON only, and only
-    those are read.
+    """Mix-in for transformers.Trainer: its checkpoints hold safetensors and JSON only, are complete
+    or not there, and only such are read.
     """
+
+    _partial = None  # where a checkpoint is being written
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As transformers'. True takes the newest complete checkpoint of output_dir; what it holds
+        is compared with its sums first. DamagedCheckpointError: there is none, or it is damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = run_folder.newest(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise run_folder.DamagedCheckpointError(
+                    f"{self.args.output_dir}: no complete checkpoint to resume from"
+                )
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(run_folder.check(Path(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of this moment, between two steps. CheckpointError: it was not, the
+        older ones are untouched.
+        """
+        self._save_checkpoint(self.model, None)
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def save_whole(self, folder: Path) -> None:
+        """`save_model`, complete or not at all."""
+        whole = run_folder.whole_folder(folder) if self.args.should_save else _nothing()
+        try:
+            with whole:
+                self.save_model(str(folder.parent / run_folder.PARTIAL / folder.name), True)
+                self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError) as error:
+            raise self._explained(error, folder) from None
+
+    def _save_checkpoint(self, model, trial):
+        """transformers' own, into a folder that is renamed when it is complete, on rank 0."""
+        run = Path(super()._get_output_dir(trial=trial))
+        final = run / f"checkpoint-{self.state.global_step}"
+        whole = run_folder.whole_folder(final) if self.args.should_save else _nothing()
+        try:
+            with whole:
+                self.accelerator.wait_for_everyone()
+                self._partial = final.parent / run_folder.PARTIAL
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                self._name_best(final)
+            if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                run_folder.rotate(run, self.args.save_total_limit, best and Path(best))
+        except (OSError, SafetensorError) as error:
+            raise self._explained(error, final) from None
+        finally:
+            self._partial = None
+        self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self):
+        run_folder.check(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
+
+    def _get_output_dir(self, trial=None):
+        return str(self._partial) if self._partial else super()._get_output_dir(trial)
+
+    def _name_best(self, final: Path) -> None:
+        """The best checkpoint by the name that it will have."""
+        written = self._partial / final.name
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / "trainer_state.json"))
+
+    def _explained(self, error: Exception, final: Path) -> run_folder.CheckpointError:
+        tensors = list(self.model.parameters())
+        if self.optimizer is not None and final.name != "final":
+            states = self.optimizer.state_dict()["state"].values()
+            tensors += [t for s in states for t in s.values() if isinstance(t, torch.Tensor)]
+        needed = sum(t.numel() * t.element_size() for t in tensors) / 2**20
+        newest = run_folder.newest(final.parent)
+        kept = f"{newest} is complete: resume from it" if newest else "there is no older checkpoint"
+        return run_folder.CheckpointError(
+            f"{final} could not be written: {error}. It needs about {needed:,.1f} MiB, "
+            f"{run_folder.free_bytes(final.parent) / 2**20:,.1f} MiB are free (a quota or a limit "
+            f"on file sizes may be lower); {kept} (--resume) when there is room"
+        )
 
     def _save(self, output_dir=None, state_dict=None):
         """Model and tokenizer by `save_pretrained`, arguments as JSON."""

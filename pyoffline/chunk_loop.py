@@ -6,6 +6,7 @@ as `Kernels`. Not here: autograd, checks of user input.
 """
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -21,6 +22,9 @@ class Kernels(Protocol):
     """
 
     device: str
+    # The kernels report bad labels themselves and `scale` may be a number on the device: the host
+    # asks the device for one thing only, the number of rows that count, and not if it is known.
+    asynchronous: bool
 
     def buffer(self, rows: int, vocab: int, dtype: torch.dtype, device) -> Tensor: ...
 
@@ -28,7 +32,7 @@ class Kernels(Protocol):
         """out[:] = hidden @ weight^T (+ adapter @ adapter_weight^T), rounded once."""
 
     def row_pass(
-        self, logits: Tensor, rows: Rows, out: RowOutputs, grad: torch.dtype | None, scale: float
+        self, logits: Tensor, rows: Rows, out: RowOutputs, grad: torch.dtype | None, scale
     ) -> Tensor | None:
         """Fill `out`; with `grad` return dlogits * scale in that dtype (may reuse the logits'
         memory).
@@ -68,7 +72,7 @@ class WeightGrad:
     accumulations beyond.
     """
 
-    def __init__(self, k: Kernels, weight: Tensor, chunks: int, scale: float):
+    def __init__(self, k: Kernels, weight: Tensor, chunks: int, scale: float | Tensor):
         self.scale = scale
         self.first = True
         self.count = 0
@@ -90,22 +94,49 @@ class WeightGrad:
             join = self.out.copy_ if self.count <= CHUNKS_PER_LEVEL else self.out.add_
             join(self.acc)
             self.first = True
-            if last and self.scale != 1.0:
+            if last and not is_one(self.scale):
                 self.out.mul_(self.scale)
 
+    def rescale(self, factor: float, scale: float) -> None:
+        """Multiply what is accumulated by `factor`, a power of two, and end with `scale`."""
+        self.scale = scale
+        if factor != 1.0 and self.count:
+            self.acc.mul_(factor)
+            if self.two_level and self.count >= CHUNKS_PER_LEVEL:
+                self.out.mul_(factor)
 
-def power_of_two_scale(rows: Rows, dtype: torch.dtype) -> float:
+
+def is_one(scale: float | Tensor) -> bool:
+    """Whether a scale is known to be 1, without asking a device."""
+    return not isinstance(scale, Tensor) and scale == 1.0
+
+
+def power_of_two_scale(rows: Rows, dtype: torch.dtype, asynchronous: bool = False):
     """fp16 only: the power of two that brings the largest weight to [1, 2), so that dlogits do not
-    underflow.
+    underflow. A float, or with `asynchronous` a number on the device.
     """
     if dtype != torch.float16:
         return 1.0
+    if asynchronous:
+        return _scale_on_device(rows)
     top = 1.0
     for factor in (rows.weights, rows.coefs):
         if factor is not None and factor.numel():
             finite = torch.where(factor.isfinite(), factor.abs(), 0.0)
             top *= finite.max().item()
     return 2.0 ** -max(-100, min(100, math.floor(math.log2(top)))) if top > 0 else 1.0
+
+
+def _scale_on_device(rows: Rows) -> Tensor:
+    counted = rows.counts()
+    top = torch.ones((), dtype=torch.float32, device=counted.device)
+    for factor in (rows.weights, rows.coefs):
+        if factor is not None and factor.numel():
+            read = factor.isfinite() & counted
+            top = top * torch.where(read, factor.abs(), 0.0).max().float()
+    exponent = torch.frexp(top).exponent.clamp(-99, 101) - 1
+    scale = ((127 - exponent) << 23).to(torch.int32).view(torch.float32)
+    return torch.where(top > 0, scale, torch.ones_like(scale))
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:
@@ -146,15 +177,19 @@ class _Gradients:
         for out, weight in pairs:
             if out is not None:
                 part = k.dhidden(dlogits, weight)[: stop - start]
-                out[start:stop] = part if self.inverse == 1.0 else part * self.inverse
+                self.put(out, part if is_one(self.inverse) else part * self.inverse, span)
         for grad, source in ((self.dweight, x), (self.dadapter_weight, adapter)):
             if grad is not None:
                 grad.add(k, dlogits, source, last)
         if self.dbias is not None:
             k.column_sum(dlogits, self.dbias)
 
+    def put(self, out: Tensor, part: Tensor, span) -> None:
+        """Write the rows of one chunk."""
+        out[slice(*span)] = part
+
     def result(self, loss: Tensor, out: RowOutputs, spread) -> LinearResult:
-        if self.dbias is not None and self.inverse != 1.0:
+        if self.dbias is not None and not is_one(self.inverse):
             self.dbias *= self.inverse
         return LinearResult(
             loss,
@@ -200,14 +235,42 @@ def check_labels(labels: Tensor, vocab: int, index: Tensor | None) -> None:
         )
 
 
+def _chosen(k: Kernels, call: LinearCall) -> tuple[Tensor | None, int, LinearCall]:
+    """(rows that count, or None for all; how many; the call with what must be masked, masked)."""
+    keep, n = call.rows.counts(), call.hidden.shape[0]
+    if not k.asynchronous:
+        index = None if bool(keep.all()) else keep.nonzero()[:, 0]
+        return index, n if index is None else index.numel(), call
+    count = call.plan.n_valid
+    if count < 0 and call.hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        # a captured graph cannot know: every row is multiplied, a row that does not count as 0
+        def zeroed(x):
+            return None if x is None else torch.where(keep[:, None], x, 0.0)
+
+        masked = {"hidden": zeroed(call.hidden), "adapter_hidden": zeroed(call.adapter_hidden)}
+        return None, n, replace(call, **masked)
+    if count < 0:
+        count = int(keep.sum())
+    elif call.rows.weights is not None:
+        # a wrong n_valid would drop or repeat rows: it shows as NaN everywhere
+        weights = torch.where(keep.sum() == count, call.rows.weights, float("nan"))
+        call = replace(call, rows=replace(call.rows, weights=weights))
+    if count == n:
+        return None, n, call
+    place = torch.where(keep, keep.cumsum(0) - 1, count).clamp(max=count)
+    index = torch.zeros(count + 1, dtype=torch.int64, device=keep.device)
+    index.scatter_(0, place, torch.arange(n, device=keep.device))
+    return index[:count], count, call
+
+
 def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     """Loss, row statistics and the wanted gradients of one fused linear call."""
+    if call.loop is not None:
+        return call.loop(k, call)
     n, vocab = call.hidden.shape[0], call.weight.shape[0]
     stats = stats_dtype(call.hidden.dtype)
     out = RowOutputs.zeros(n, stats, call.hidden.device, call.wants_coefs)
-    keep = call.rows.counts()
-    index = None if bool(keep.all()) else keep.nonzero()[:, 0]
-    count = n if index is None else index.numel()
+    index, count, call = _chosen(k, call)
     if count == 0:
         return _empty_result(call, out)
 
@@ -215,14 +278,16 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
         return x if index is None or x is None else x.index_select(0, index)
 
     rows = call.rows.map(gather)
-    check_labels(rows.labels, vocab, index)
+    if not k.asynchronous:
+        check_labels(rows.labels, vocab, index)
     hidden, adapter = gather(call.hidden), gather(call.adapter_hidden)
     part = out.map(lambda v: v if index is None else v[..., :count].clone())
     if not call.needs.any and k.score(call, hidden, rows, part):
         loss = k.weighted_sum(part.loss, rows.weights)
         return LinearResult(loss, part.map(lambda x: _spread(x, index, n, -1)))
-    plan = plan_chunks(count, vocab, call.logits_dtype.itemsize, call.plan, k.device)
-    scale = power_of_two_scale(rows, call.hidden.dtype)
+    nbytes = call.logits_dtype.itemsize + call.beside
+    plan = plan_chunks(count, vocab, nbytes, call.plan, k.device)
+    scale = power_of_two_scale(rows, call.hidden.dtype, k.asynchronous)
     bounds = plan.bounds
     grads = _Gradients(k, call, count, len(bounds), scale)
     grad = call.hidden.dtype if call.needs.any else None

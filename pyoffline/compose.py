@@ -2,12 +2,14 @@
 kernels run.
 
 Objectives are frozen dataclasses; their coefficients add per row. Not here: the rows
-(`objectives.py`), the public objectives (`token_objectives.py`), custom ones (`custom.py`).
+(`objectives.py`, `coupled_table.py`), the public objectives (`token_objectives.py`,
+`sequence_objectives.py`), custom ones (`custom.py`).
 """
 
 import math
 from dataclasses import dataclass, fields
 
+from pyoffline.coupled_table import COUPLED
 from pyoffline.objectives import TABLE, Term, snake_case
 from pyoffline.program import Program, compile_terms
 
@@ -85,9 +87,11 @@ class _Scaled(Objective):
         return Term(t.row, t.scale * self.factor, t.params, t.anchor, gate, t.custom)
 
 
-def check_floats(obj: Objective, **bounds: tuple[float, float]) -> None:
-    """Every float field is a number inside its (low, high); None stays None."""
+def check_floats(obj: Objective, skip=(), **bounds: tuple[float, float]) -> None:
+    """Every float field (not in `skip`) is a number inside its (low, high); None stays None."""
     for f in fields(obj):
+        if f.name in skip:
+            continue
         value = getattr(obj, f.name)
         if value is None or (isinstance(value, str) and isinstance(f.default, str)):
             continue
@@ -104,6 +108,7 @@ class OneRow(Objective):
     """An objective that is one row of the table under its own snake_case name."""
 
     bounds: dict = {}
+    table: dict = TABLE
 
     def check(self):
         check_floats(self, **self.bounds)
@@ -113,5 +118,15 @@ class OneRow(Objective):
 
     def terms(self, has_mu=False):
         row = self.row_name(has_mu)
-        values = (getattr(self, name) for name in TABLE[row].params)
+        values = (getattr(self, name) for name in self.table[row].params)
         return (Term(row, 1.0, tuple(math.inf if v is None else float(v) for v in values)),)
+
+
+class CoupledObjective(OneRow):
+    """An objective that needs whole sequences, pairs, groups or the batch before a coefficient is
+    known: one row of the coupled table.
+
+    Its tokens' losses couple, so `weighted_by` raises; `+`, `-` and `*` work as for any other.
+    """
+
+    table = COUPLED

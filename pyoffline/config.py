@@ -6,6 +6,8 @@ at once.
     terms: [{name: kl, kind: k3, scale: 0.04}, {name: entropy, scale: -0.001}]
     advantage: {name: group_normalize}   trainer: {output_dir: runs/ppo, learning_rate: 1e-5}
 
+`advantage` may be a list: [{name: kl_shaped, beta: 0.05}, {name: gae}, {name: truncate}].
+
 `trainer` takes every field of OfflineConfig (transformers.TrainingArguments). YAML is read with
 safe_load: a file can name values, never code. Not here: the data file's contents (data.py),
 building the trainer (trainer.py).
@@ -74,7 +76,7 @@ class RunConfig:
     data: DataConfig
     objective: dict = field(default_factory=lambda: {"name": "nll"})
     terms: list = field(default_factory=list)
-    advantage: dict | None = None
+    advantage: dict | list | None = None
     loss: str = "fused"
     trainer: dict = field(default_factory=dict)
 
@@ -117,6 +119,8 @@ def parse_config(raw: dict, errors: list[str]) -> RunConfig | None:
         raw["objective"] = {"name": raw["objective"]}
     if isinstance(raw.get("advantage"), str):
         raw["advantage"] = {"name": raw["advantage"]}
+    if isinstance(raw.get("advantage"), list):
+        raw["advantage"] = [{"name": s} if isinstance(s, str) else s for s in raw["advantage"]]
     top = _read_fields(RunConfig, raw, "", errors, skip=("model", "data", "trainer"))
     for key, kind in (("model", ModelConfig), ("data", DataConfig)):
         value = raw.get(key)
@@ -124,6 +128,10 @@ def parse_config(raw: dict, errors: list[str]) -> RunConfig | None:
             errors.append(f"{key}: missing")
         elif not isinstance(value, dict):
             errors.append(f"{key}: expected a mapping, got {value!r}")
+        elif key == "model" and "trust_remote_code" in value:
+            errors.append(
+                "model.trust_remote_code: a file cannot turn it on; pass --trust-remote-code"
+            )
         else:
             top[key] = _read_fields(kind, value, f"{key}.", errors)
     _check_choices(top, errors)
@@ -146,7 +154,7 @@ def build_objective(config: RunConfig):
 
 
 def _make(spec: dict):
-    import pyoffline.token_objectives  # noqa: F401  (fills the registry)
+    import pyoffline  # noqa: F401  (fills the registry)
     from pyoffline.objectives import from_name
 
     params = {k: v for k, v in spec.items() if k not in ("name", "scale", "weighted_by")}
@@ -276,7 +284,7 @@ def _check_objective(top: dict, errors: list[str]) -> None:
 
 
 def _check_term(where: str, spec, errors: list[str]) -> None:
-    import pyoffline.token_objectives  # noqa: F401  (fills the registry)
+    import pyoffline  # noqa: F401  (fills the registry)
     from pyoffline.objectives import REGISTRY
 
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
@@ -313,28 +321,33 @@ def _number(value):
 
 
 def _check_advantage(spec, errors: list[str]) -> None:
-    if spec is None:
-        return
-    from pyoffline.data import advantage_function, advantage_names
+    from pyoffline import data_advantages
 
-    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        errors.append(f"advantage: expected {{name: ..., parameter: ...}}, got {spec!r}")
+    before = len(errors)
+    for i, stage in enumerate(data_advantages.stages(spec)):
+        where = f"advantage[{i}]" if isinstance(spec, list) else "advantage"
+        _check_stage(where, stage, errors)
+    if len(errors) == before:
+        errors += [f"advantage: {problem}" for problem in data_advantages.problems(spec)]
+
+
+def _check_stage(where: str, stage, errors: list[str]) -> None:
+    from pyoffline.data_advantages import NAMES, settings_of
+
+    if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
+        errors.append(f"{where}: expected {{name: ..., parameter: ...}}, got {stage!r}")
         return
-    names = advantage_names()
-    if spec["name"] not in names:
-        hint = nearest(spec["name"], names)
+    if stage["name"] not in NAMES:
+        hint = nearest(stage["name"], NAMES) or ";"
         errors.append(
-            f"advantage.name: no advantage {spec['name']!r}{hint} Known: {', '.join(names)}"
+            f"{where}.name: no advantage {stage['name']!r}{hint} known: {', '.join(NAMES)}"
         )
         return
-    from pyoffline.data import ARRAY_ARGUMENTS
-
-    signature = inspect.signature(advantage_function(spec["name"])).parameters
-    known = [p for p in signature if p not in ARRAY_ARGUMENTS]
-    for key in spec:
+    known = settings_of(stage["name"])
+    for key in stage:
         if key != "name" and key not in known:
             takes = ", ".join(known) or "none"
             errors.append(
-                f"advantage.{key}: no such parameter{nearest(key, known)} (it takes: {takes})"
+                f"{where}.{key}: no such parameter{nearest(key, known)} (it takes: {takes})"
             )
-    spec.update({k: _number(v) for k, v in spec.items() if k != "name"})
+    stage.update({k: _number(v) for k, v in stage.items() if k != "name"})

@@ -52,21 +52,23 @@ def _shared(rows: Rows, out: RowOutputs) -> dict:
     }
 
 
+def row_arguments(rows: Rows, out: RowOutputs) -> dict:
+    """Those keywords and what a program reads per token."""
+    return {
+        **_shared(rows, out),
+        "old": rows.old,
+        "mu": rows.mu,
+        "ref": rows.ref,
+        "adv": rows.adv,
+        "extras": tuple(rows.extras.values()),
+    }
+
+
 def _run_program(rows: Rows, out: RowOutputs, sweep) -> None:
     """`sweep` with the program of C++ rows, its results in `out`."""
     coefs = None if out.coefs is None else torch.empty(out.coefs.shape)
-    sweep(
-        **_shared(rows, out),
-        coefs_out=coefs,
-        loss=out.loss,
-        old=rows.old,
-        mu=rows.mu,
-        ref=rows.ref,
-        adv=rows.adv,
-        extras=tuple(rows.extras.values()),
-        codes=rows.codes,
-        hyper=rows.hyper,
-    )
+    program = {"codes": rows.codes, "hyper": rows.hyper}
+    sweep(**row_arguments(rows, out), coefs_out=coefs, loss=out.loss, **program)
     if coefs is not None:
         out.coefs.copy_(coefs)
 
@@ -93,7 +95,7 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None
     if rows.coefs is not None:
         gradient(**_shared(rows, out), coefs=rows.coefs.float().contiguous())
     elif not rows.codes:
-        sweep(**_shared(rows, out))
+        sweep(**_shared(rows, out), gap=out.gap)
     elif CUSTOM_CODE not in rows.codes[0::3]:
         _run_program(rows, out, gradient)
     else:
@@ -119,6 +121,7 @@ class CpuKernels:
     """The steps of the chunk loop on a CPU."""
 
     device = "cpu"
+    asynchronous = False
 
     def empty(self, shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
@@ -158,7 +161,7 @@ class CpuKernels:
             block_rows=_score_block(call.plan, hidden.shape[0]),
         )
         if not rows.codes:
-            sweep(**_shared(rows, out))
+            sweep(**_shared(rows, out), gap=out.gap)
         elif CUSTOM_CODE in rows.codes[0::3]:
             _run_custom(rows, out, sweep)
         else:
@@ -216,7 +219,8 @@ def logits(call: LogitsCall) -> LogitsResult:
     index = None if bool(counted.all()) else counted.nonzero()[:, 0]
     picked = rows.labels if index is None else rows.labels[index]
     check_labels(picked, call.logits.shape[1], index)
-    out = RowOutputs.zeros(n, torch.float32, call.logits.device, call.wants_coefs)
+    device = call.logits.device
+    out = RowOutputs.zeros(n, torch.float32, device, call.wants_coefs, call.wants_gap)
     scale = power_of_two_scale(rows.map(lambda v: v[counted]), call.logits.dtype)
     source = call.logits if call.logits.stride(-1) == 1 else call.logits.contiguous()
     dlogits = None

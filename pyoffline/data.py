@@ -1,42 +1,34 @@
 """Offline samples: a JSONL or Parquet file in, tokenised and checked samples out, before the first
 step.
 
-A row has `prompt` and `completion`, or `messages` (the last one is the completion), or `text`; and
-what the objective reads: `reward`, `group` (rows of one prompt), `advantages`, `old_logps`,
-`behavior_logps`, `ref_logps` (lists, one entry per completion token), or columns that `weighted_by`
-names. `completion_ids` and `prompt_ids` replace the text exactly. Every bad row is found and named
-`file:line: field: why`. Not here: padding and packing (collate.py), reading files (rows.py).
+A row has `prompt` and `completion`, or `messages` (the last one is the completion), or `text`; or,
+for a preference objective, `prompt`, `chosen` and `rejected`; and what the objective reads:
+`reward`, `group` (rows of one prompt), `label`, `advantages`, `old_logps`, `behavior_logps`,
+`ref_logps` (lists, one entry per completion token), or columns that `weighted_by` names.
+`completion_ids` and `prompt_ids` replace the text exactly. Every bad row is found and named
+`file:line: field: why`. Not here: padding and packing (collate.py), reading files (rows.py),
+advantages (data_advantages.py).
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.data import Dataset
 
+from pyoffline import data_advantages, pairs
 from pyoffline.config import DataConfig
-from pyoffline.row_checks import LOGPS, check_row, check_sample
+from pyoffline.records import TOKEN_FIELDS
+from pyoffline.row_checks import OPTIONAL, check_row, check_sample
 from pyoffline.rows import read_rows
+from pyoffline.units import make_units, unit_of
 
-COLUMN_OF = {"old": "old_logps", "mu": "behavior_logps", "ref": "ref_logps", "adv": "advantages"}
-# Arguments of `pyoffline.advantages` that come from the data; the others are settings.
-ARRAY_ARGUMENTS = ("rewards", "group_ids", "mask", "old_logps", "ref_logps", "lengths", "values")
-DATA_ADVANTAGES = (
-    "reward_to_go",
-    "group_normalize",
-    "leave_one_out",
-    "reinforce_plus_plus",
-    "opo",
-    "rwr",
-    "awr",
-    "position",
-    "kl_shaped",
-)
+COLUMN_OF = {name: field for field, name in TOKEN_FIELDS.items()}
+SEQUENCE_COLUMNS = {"rewards": "reward", "group_ids": "group", "ref_sums": "ref_logps"}
 SHOWN = 20
 CHUNK = 256  # rows tokenised in one call
+DROPPED = "dropped: more than data.max_length tokens"
 
 
 class DataError(ValueError):
@@ -72,63 +64,68 @@ class Sample:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the objective reads, as columns of the file."""
+    """What an objective reads of a file.
+
+    `columns` must be there, `optional` ones are read where every row has them; `extras` are those
+    that `weighted_by` names; `keep` go into the batch; `unit` (units.UNITS) lies in one
+    micro-batch. `sums`: `ref_logps` may be one number a row, the sum over its tokens.
+    """
 
     columns: frozenset[str] = frozenset()
     extras: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
+    keep: frozenset[str] = frozenset()
+    unit: str = "row"
+    sums: bool = False
 
     @staticmethod
-    def of(objective, advantage: dict | None) -> "Needs":
-        """From a composed objective; `advantages` are computed from `reward` when the configuration
-        names a function.
+    def of(objective, advantage: dict | list | None) -> "Needs":
+        """From a composed objective; `advantages` are computed when the configuration names a
+        function.
         """
-        reads = objective.program(False).reads
-        columns = {COLUMN_OF[name] for name in reads}
-        if "adv" in reads and not objective.program(False).needs_adv:
+        program, unit = objective.program(False), unit_of(objective)
+        either = {name for names in program.one_of for name in names}
+        columns = {COLUMN_OF[name] for name in program.reads}
+        targets = "target" if unit == "pair" else "label"
+        of_sequence = SEQUENCE_COLUMNS | {"targets": targets}
+        columns |= {of_sequence[name] for name in program.sequence_reads & set(of_sequence)}
+        columns |= {"ref_logps"} if "ref_sums" in either else set()
+        optional = {of_sequence[n] for n in program.optional if n in of_sequence}
+        optional |= {COLUMN_OF[n] for n in objective.program(True).reads - program.reads}
+        keep = columns | optional | set(program.gates)
+        if "adv" in program.reads and not program.needs_adv:
             columns.discard("advantages")
+        if unit == "group":
+            columns.add("group")
         if advantage is not None:
             columns.discard("advantages")
-            columns |= _advantage_columns(advantage["name"])
-        return Needs(frozenset(columns), objective.program(False).gates)
+            columns |= data_advantages.columns_of(advantage)
+            optional |= data_advantages.optional_columns(advantage)
+        return Needs(
+            frozenset(columns),
+            program.gates,
+            frozenset(optional - columns),
+            frozenset(keep),
+            unit,
+            "ref_sums" in either,
+        )
 
 
 class SampleSet(Dataset):
-    """Samples in file order, with what was left out: `skipped` counts reasons, `truncated` counts
-    cut rows.
+    """Items of a run: samples in file order, or tuples of samples that must stay together.
+
+    `skipped` counts reasons why rows were left out, `truncated` those that were cut.
     """
 
-    def __init__(self, samples: list[Sample], skipped: Counter, truncated: int = 0):
+    def __init__(self, samples: list[Sample], skipped: Counter, truncated: int = 0, unit="row"):
         self.samples, self.skipped, self.truncated = samples, skipped, truncated
+        self.items = make_units(samples, unit)
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.items)
 
     def __getitem__(self, i):
-        return self.samples[i]
-
-
-def advantage_names() -> list[str]:
-    return ["reward", *DATA_ADVANTAGES]
-
-
-def advantage_function(name: str) -> Callable:
-    """A function of `pyoffline.advantages` that the columns of a file can feed; "reward" takes
-    rewards as they are.
-    """
-    if name == "reward":
-        return lambda rewards: rewards
-    from pyoffline import advantages
-
-    return getattr(advantages, name)
-
-
-def _advantage_columns(name: str) -> set[str]:
-    arguments = inspect.signature(advantage_function(name)).parameters
-    needed = {a for a, p in arguments.items() if p.default is inspect.Parameter.empty}
-    columns = {"rewards": "reward", "group_ids": "group"}
-    return {
-        columns.get(a, a) for a in needed if a in ARRAY_ARGUMENTS and a not in ("mask", "lengths")
-    }
+        return self.items[i]
 
 
 def load_samples(
@@ -136,7 +133,7 @@ def load_samples(
     tokenizer,
     settings: DataConfig,
     needs: Needs | None = None,
-    advantage: dict | None = None,
+    advantage: dict | list | None = None,
     progress: Callable = iter,
 ) -> SampleSet:
     """Read, check and tokenise a file, and compute advantages. DataError lists every problem of the
@@ -148,42 +145,78 @@ def load_samples(
     needs = Needs() if needs is None else needs
     samples: list[Sample] = []
     problems: list[tuple[int, str, str]] = []
+    names = {*OPTIONAL, *needs.columns, *needs.optional, *needs.extras}
     n_rows, truncated, pending = 0, 0, []
     for line, row, error in progress(read_rows(Path(path))):
         n_rows += 1
-        found = [("row", error)] if error else check_row(row, needs)
-        if found:
-            problems += [(line, *f) for f in found]
-            continue
-        pending.append((line, row))
-        if len(pending) == CHUNK:
-            truncated += _finish_rows(pending, tokenizer, settings, needs, samples, problems)
+        found, parts = ([("row", error)], []) if error else _parts(row, needs)
+        problems += [(line, *f) for f in found]
+        pending += [(line, side, part) for side, part in parts if not found]
+        if len(pending) >= CHUNK:
+            truncated += _finish_rows(pending, tokenizer, settings, names, samples, problems)
             pending = []
-    truncated += _finish_rows(pending, tokenizer, settings, needs, samples, problems)
-    texts = [f"{path}:{line}: {where}: {why}" for line, where, why in problems]
+    truncated += _finish_rows(pending, tokenizer, settings, names, samples, problems)
+    problems += _uneven(samples, needs)
+    texts = [f"{path}:{n}: {where}: {why}" for n, where, why in sorted(problems) if why != DROPPED]
     if texts and not settings.skip_bad:
         raise DataError(texts, n_rows)
+    bad = {line for line, _, _ in problems}
+    samples = [s for s in samples if s.line not in bad]
     if not samples:
         raise DataError([*texts, f"{path}: no usable row"], n_rows)
     for sample, group in zip(samples, dense_groups(samples), strict=True):
         sample.columns["group"] = group
     if advantage is not None:
-        add_advantages(samples, advantage)
-    return SampleSet(samples, Counter(f"{where}: {why}" for _, where, why in problems), truncated)
+        try:
+            data_advantages.add_advantages(samples, advantage)
+        except ValueError as error:
+            raise DataError([f"{path}: {error}"], n_rows) from None
+    skipped = Counter(f"{where}: {why}" for _, where, why in problems)
+    return SampleSet(samples, skipped, truncated, needs.unit)
 
 
-def _finish_rows(pending, tokenizer, settings, needs, samples, problems) -> int:
+def _parts(row: dict, needs: Needs) -> tuple[list, list]:
+    """Problems of a row of the file, and its sides: one, or chosen and rejected."""
+    if needs.unit != "pair":
+        return check_row(row, needs), [(None, row)]
+    problems, rows = pairs.split(row)
+    parts = list(zip(pairs.SIDES, rows, strict=False))
+    for side, part in parts:
+        found = check_row(part, needs)
+        problems += [(pairs.public_name(name, side), why) for name, why in found]
+    return list(dict.fromkeys(problems)), parts
+
+
+def _uneven(samples: list[Sample], needs: Needs) -> list[tuple[int, str, str]]:
+    """Rows that lack an optional column which others have, or give a sum where others give a
+    list.
+    """
+    found = []
+    for name in sorted(needs.optional):
+        lacking = [s.line for s in samples if name not in s.columns]
+        if 0 < len(lacking) < len(samples):
+            why = f"missing here, and {len(samples) - len(lacking)} other rows have it"
+            found += [(line, name, why) for line in dict.fromkeys(lacking)]
+    if needs.sums:
+        lists = [isinstance(s.columns.get("ref_logps"), list) for s in samples]
+        odd = [s.line for s, x in zip(samples, lists, strict=True) if x != lists[0]]
+        why = "one number here and a list in other rows: give all as sums or all per token"
+        found += [(line, "ref_logps", why) for line in dict.fromkeys(odd)]
+    return found
+
+
+def _finish_rows(pending, tokenizer, settings, names, samples, problems) -> int:
     """Tokenise checked rows, check lengths; appends to `samples` and `problems`, returns how many
     were truncated.
     """
     if not pending:
         return 0
     truncated = 0
-    pairs = [_texts(row, tokenizer) for _, row in pending]
-    prompts = iter(_encode(tokenizer, [p for p, _, special in pairs if special], True))
-    plain = iter(_encode(tokenizer, [p for p, _, special in pairs if not special], False))
-    endings = _encode(tokenizer, [c for _, c, _ in pairs], False)
-    for (line, row), (_, text, special), ending in zip(pending, pairs, endings, strict=True):
+    texts = [_texts(row, tokenizer) for _, _, row in pending]
+    prompts = iter(_encode(tokenizer, [p for p, _, special in texts if special], True))
+    plain = iter(_encode(tokenizer, [p for p, _, special in texts if not special], False))
+    endings = _encode(tokenizer, [c for _, c, _ in texts], False)
+    for (line, side, row), (_, text, special), ending in zip(pending, texts, endings, strict=True):
         prompt = next(prompts) if special else next(plain)
         prompt = row["prompt_ids"] if row.get("prompt_ids") is not None else prompt
         if row.get("completion_ids") is not None:
@@ -192,23 +225,17 @@ def _finish_rows(pending, tokenizer, settings, needs, samples, problems) -> int:
             ending = [*ending, tokenizer.eos_token_id]
         if row.get("text") is not None:
             prompt, ending = prompt[:1], prompt[1:] + ending + _eos(tokenizer, settings)
-        columns = {
-            k: row[k]
-            for k in (*LOGPS, "advantages", "reward", "group", *needs.extras)
-            if row.get(k) is not None
-        }
+        columns = {k: row[k] for k in names if row.get(k) is not None}
         sample = Sample([*prompt, *ending], len(prompt), line, columns)
         found = check_sample(sample, settings.max_length, len(tokenizer), settings.too_long)
         if found:
-            problems += [(line, *f) for f in found]
-            continue
-        if len(sample.ids) > settings.max_length:
-            if settings.too_long == "drop":
-                problems.append((line, "max_length", "dropped: too long"))
-                continue
-            truncated += 1
+            problems += [(line, pairs.public_name(name, side), why) for name, why in found]
+        elif len(sample.ids) > settings.max_length and settings.too_long == "drop":
+            problems.append((line, "max_length", DROPPED))
+        else:
+            truncated += len(sample.ids) > settings.max_length
             _truncate(sample, settings.max_length)
-        samples.append(sample)
+            samples.append(sample)
     return truncated
 
 
@@ -240,41 +267,11 @@ def _encode(tokenizer, texts: list[str], special: bool) -> list[list[int]]:
 
 
 def _truncate(sample: Sample, length: int) -> None:
+    if len(sample.ids) <= length:
+        return
     sample.ids = sample.ids[:length]
     n = sample.n_completion
     sample.columns = {k: v[:n] if isinstance(v, list) else v for k, v in sample.columns.items()}
-
-
-def add_advantages(samples: list[Sample], spec: dict) -> None:
-    """`spec["name"]` of pyoffline.advantages over the whole file: a float per sample, or a list per
-    completion token.
-    """
-    fn = advantage_function(spec["name"])
-    wanted = inspect.signature(fn).parameters
-    arrays = {}
-    for name, parameter in wanted.items():
-        required = parameter.default is inspect.Parameter.empty
-        if name in ARRAY_ARGUMENTS and (required or (name == "group_ids" and spec.get("baseline"))):
-            arrays[name] = _array(name, samples)
-    if "lengths" in wanted:
-        arrays["lengths"] = torch.tensor([float(s.n_completion) for s in samples])
-    out = fn(**arrays, **{k: v for k, v in spec.items() if k != "name"}).tolist()
-    for sample, value in zip(samples, out, strict=True):
-        sample.columns["advantages"] = (
-            value[: sample.n_completion] if isinstance(value, list) else value
-        )
-
-
-def _array(name: str, samples: list[Sample]) -> torch.Tensor:
-    if name == "rewards":
-        return torch.tensor([float(s.columns["reward"]) for s in samples], dtype=torch.float64)
-    if name == "group_ids":
-        return torch.tensor([s.columns["group"] for s in samples])
-    width = max(s.n_completion for s in samples)
-    if name == "mask":
-        return torch.arange(width) < torch.tensor([[s.n_completion] for s in samples])
-    rows = [s.columns[name] + [0.0] * (width - s.n_completion) for s in samples]
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def dense_groups(samples: list[Sample]) -> list[int]:

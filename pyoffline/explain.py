@@ -83,30 +83,32 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     train_head: bool = True,
     device: str = "cpu",
+    teacher: torch.dtype | None = None,
 ) -> Explanation:
     """Chunk plan, peak extra memory [bytes] and GEMM work [FLOP] of `linear_policy_loss` with
     gradients.
 
     `n_tokens` counts the tokens that take part; `train_head=False`: a frozen head, two GEMMs and
-    no [V, D].
+    no [V, D]. `teacher`: the dtype of a TeacherHead of the student's width in
+    `linear_distill_loss`; one more GEMM, and its chunk of logits beside the student's.
     """
     for name, value in (("n_tokens", n_tokens), ("hidden", hidden), ("vocab", vocab)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"explain: {name} must be a positive integer, got {value!r}")
-    size = dtype.itemsize
-    plan = plan_chunks(n_tokens, vocab, size, current_settings(), device)
+    size, beside = dtype.itemsize, 0 if teacher is None else teacher.itemsize
+    plan = plan_chunks(n_tokens, vocab, size + beside, current_settings(), device)
     rows = plan.rows if plan.padded else min(plan.rows, n_tokens)
     chunks = len(plan.bounds)
     total = stats_dtype(dtype).itemsize
     separate = grad_dtype(dtype).itemsize != total
     accumulator = vocab * hidden * total if train_head and separate and chunks > 1 else 0
-    chunk = rows * vocab * size
+    chunk = rows * (vocab * (size + beside) + hidden * beside)
     dweight = vocab * hidden * grad_dtype(dtype).itemsize if train_head else 0
     scratch, kept = _gemm_nbytes(rows, hidden, dtype, device)
     if accumulator or chunks == 1:
         # dweight is first touched by the last product, when the scratch of the others is free
         scratch = max(0, scratch - dweight)
-    gemms = 3 if train_head else 2
+    gemms = (3 if train_head else 2) + (teacher is not None)
     return Explanation(
         n_tokens,
         hidden,

@@ -5,7 +5,7 @@ The only place where the shapes of the public API are interpreted. A tensor that
 an error that names it. Not here: any loss.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,10 @@ from torch import Tensor
 from pyoffline import checks, ops
 from pyoffline.calls import stats_dtype
 from pyoffline.compose import Objective
+from pyoffline.flatten_coupled import check_sequences_read
 from pyoffline.head import HeadTensors
 from pyoffline.program import Program
-from pyoffline.records import SequenceBatch, TokenBatch
-
-# TokenBatch field -> the name that objective functions read it by.
-TOKEN_FIELDS = {
-    "old_logps": "old",
-    "behavior_logps": "mu",
-    "ref_logps": "ref",
-    "advantages": "adv",
-}
+from pyoffline.records import TOKEN_FIELDS, TokenBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +145,10 @@ def _sequence_ids(tokens: TokenBatch, shape, device) -> None:
 
 def check_all_read(tokens: TokenBatch, program: Program, owner) -> None:
     """Nothing given is dropped in silence, nothing read is missing."""
+    elsewhere = program.optional | {name for names in program.one_of for name in names}
     for field, short in TOKEN_FIELDS.items():
         given = getattr(tokens, field) is not None
-        if given and short not in program.reads:
+        if given and short not in program.reads | elsewhere:
             raise ValueError(
                 f"tokens.{field} is given but {owner} does not read it. Leave it out, or add a "
                 "term that does (0.0 * po.KL(...) reads it for metrics only)"
@@ -171,13 +165,6 @@ def check_all_read(tokens: TokenBatch, program: Program, owner) -> None:
     for name in extra:
         if name not in program.gates:
             raise ValueError(f"tokens.extra[{name!r}] is given but {owner} does not read it")
-    if tokens.sequences is not None:
-        for f in fields(SequenceBatch):
-            if getattr(tokens.sequences, f.name) is not None:
-                raise ValueError(
-                    f"tokens.sequences.{f.name} is given but {owner} is token-local and does not "
-                    "read it"
-                )
 
 
 def _default_weights(labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
@@ -229,4 +216,5 @@ def objective_program(objective, tokens: TokenBatch) -> Program:
         raise TypeError(f"tokens: expected a po.TokenBatch, got {type(tokens).__name__}")
     program = objective.program(tokens.behavior_logps is not None)
     check_all_read(tokens, program, objective)
+    check_sequences_read(tokens, program, objective)
     return program

@@ -20,7 +20,7 @@ from pyoffline.calls import (
     Rows,
     stats_dtype,
 )
-from pyoffline.chunk_loop import grad_dtype
+from pyoffline.chunk_loop import grad_dtype, is_one
 from pyoffline.plan import settings_of
 
 # Bits of the `needs` integer.
@@ -250,7 +250,7 @@ def logits_policy(
     result = load(backend, logits).logits(LogitsCall(logits, rows, needs_grad))
     out, loss = result.out, result.loss
     dlogits = logits.new_empty(0) if result.dlogits is None else result.dlogits
-    unscale = loss.new_full((), result.unscale)
+    unscale = torch.as_tensor(result.unscale, dtype=loss.dtype, device=loss.device).clone()
     stats = (out.loss, out.logps, out.entropy, out.lse, out.log_sum_p2, out.is_top1)
     return (loss, *stats, dlogits, unscale)
 
@@ -280,7 +280,7 @@ def logits_coefs(
     shared = (None, class_weight)
     rows = _rows(labels, vectors, [], "", shared, (), None, _PLAIN_HEAD, ignore_index, coefs)
     result = load(backend, logits).logits(LogitsCall(logits, rows, True))
-    return result.dlogits if result.unscale == 1.0 else result.dlogits * result.unscale
+    return result.dlogits if is_one(result.unscale) else result.dlogits * result.unscale
 
 
 @logits_coefs.register_fake

@@ -6,10 +6,12 @@ accumulator is read and written, the weight read twice) costs about 363/C of the
 GPU, so chunks are as large as the budget allows and equally sized. Not here: running anything.
 """
 
+import bisect
 import contextlib
 import contextvars
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,6 +83,7 @@ class PlanSettings:
     rows: int
     budget: int
     deterministic: bool
+    n_valid: int = -1  # rows that count, where the caller knows: a GPU then need not be asked
 
 
 def current_settings() -> PlanSettings:
@@ -88,21 +91,23 @@ def current_settings() -> PlanSettings:
     return PlanSettings(_rows.get(), _budget.get(), is_deterministic())
 
 
-def plan_list() -> list[int]:
-    """The overrides as a custom op carries them. A compiled graph carries none and reads them when
-    it runs: a context variable is nothing to guard on.
+def plan_list(n_valid: int | None = None) -> list[int]:
+    """The overrides (and the number of rows that count, where it is known) as a custom op carries
+    them. A compiled graph carries none and reads them when it runs: a context variable is nothing
+    to guard on.
     """
+    known = [] if n_valid is None else [n_valid]
     if torch.compiler.is_compiling():
-        return [READ_AT_RUN]
+        return [READ_AT_RUN, *known]
     s = current_settings()
-    return [s.rows, s.budget, int(s.deterministic)]
+    return [s.rows, s.budget, int(s.deterministic), *known]
 
 
 def settings_of(plan: list[int]) -> PlanSettings:
     """`plan_list` back into its record."""
-    if list(plan) == [READ_AT_RUN]:
-        return current_settings()
-    return PlanSettings(plan[0], plan[1], bool(plan[2]))
+    if plan[0] == READ_AT_RUN:
+        return replace(current_settings(), n_valid=plan[1] if len(plan) > 1 else -1)
+    return PlanSettings(plan[0], plan[1], bool(plan[2]), plan[3] if len(plan) > 3 else -1)
 
 
 @dataclass(frozen=True)
@@ -118,15 +123,22 @@ class ChunkPlan:
         return [(i, min(i + self.rows, self.n)) for i in range(0, self.n, self.rows)]
 
 
+def _largest(vocab: int, itemsize: int, settings: PlanSettings, device: str) -> int:
+    budget = settings.budget or DEFAULT_BUDGET.get(device, DEFAULT_BUDGET["cuda"])
+    return max(1, budget // max(1, vocab * itemsize))
+
+
+def _fixed_rows(largest: int, settings: PlanSettings) -> int:
+    return settings.rows or min(DETERMINISTIC_ROWS, largest)
+
+
 def plan_chunks(
     n: int, vocab: int, itemsize: int, settings: PlanSettings, device: str
 ) -> ChunkPlan:
     """Rows per chunk for `n` rows of `vocab` logits of `itemsize` bytes."""
-    budget = settings.budget or DEFAULT_BUDGET.get(device, DEFAULT_BUDGET["cuda"])
-    largest = max(1, budget // max(1, vocab * itemsize))
+    largest = _largest(vocab, itemsize, settings, device)
     if settings.deterministic:
-        rows = settings.rows or min(DETERMINISTIC_ROWS, largest)
-        return ChunkPlan(n, rows, True)
+        return ChunkPlan(n, _fixed_rows(largest, settings), True)
     if settings.rows:
         return ChunkPlan(n, settings.rows, False)
     if n <= largest:
@@ -135,3 +147,77 @@ def plan_chunks(
     rows = math.ceil(n / chunks)
     rounded = math.ceil(rows / ROW_MULTIPLE) * ROW_MULTIPLE
     return ChunkPlan(n, rounded if rounded <= largest else rows, False)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole units `[units]` with rows `[start, stop)`: one chunk where `fits`, else one unit longer
+    than a chunk.
+    """
+
+    units: tuple[int, int]
+    start: int
+    stop: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """Chunks cut at unit borders: at most `rows` rows of logits at a time; `padded`: every chunk is
+    zero-padded to `rows`.
+    """
+
+    blocks: tuple[Block, ...]
+    rows: int
+    padded: bool
+
+    def parts(self, block: Block) -> list[tuple[int, int]]:
+        """Chunks of a block's rows: one, or equal ones that cut a long unit."""
+        return self.split(block.start, block.stop)
+
+    def split(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Chunks of these rows, as equal as may be."""
+        size = max(1, stop - start)
+        rows = self.rows if self.padded else math.ceil(size / math.ceil(size / self.rows))
+        return [(i, min(i + rows, stop)) for i in range(start, stop, rows)]
+
+    @property
+    def chunks(self) -> int:
+        """An upper bound on the chunks that reach the gradient GEMMs."""
+        return sum(len(self.parts(b)) for b in self.blocks)
+
+
+def _pack(sizes: list[int], rows: int) -> list[Block]:
+    """Consecutive units into as few blocks of at most `rows` rows as there can be; a longer unit
+    alone.
+    """
+    ends = list(itertools.accumulate(sizes))
+    blocks, first, start = [], 0, 0
+    while first < len(sizes):
+        last = max(bisect.bisect_right(ends, start + rows), first + 1)
+        stop = ends[last - 1]
+        blocks.append(Block((first, last), start, stop, stop - start <= rows))
+        first, start = last, stop
+    return blocks
+
+
+def plan_units(
+    sizes: list[int], vocab: int, itemsize: int, settings: PlanSettings, device: str
+) -> UnitPlan:
+    """Chunks for units of these many rows, packed in order: as few as the budget allows, and as
+    equal.
+    """
+    largest = _largest(vocab, itemsize, settings, device)
+    if settings.deterministic:
+        rows = _fixed_rows(largest, settings)
+        return UnitPlan(tuple(_pack(sizes, rows)), rows, True)
+    largest = settings.rows or largest
+    blocks = _pack(sizes, largest)
+    low, high = max((s for s in sizes if s <= largest), default=largest), largest
+    while low < high:
+        middle = (low + high) // 2
+        if len(_pack(sizes, middle)) <= len(blocks):
+            high = middle
+        else:
+            low = middle + 1
+    return UnitPlan(tuple(_pack(sizes, high)), largest, False)

@@ -1,30 +1,38 @@
-"""The main entry: any token-local objective on hidden states and a head, or on logits that the
-caller has.
+"""The main entry: any objective on hidden states and a head, or on logits that the caller has.
 
-One pass over chunks of the logits forms the loss, the row statistics and the gradients. Not here:
-the chunk loop (`chunk_loop.py`), the objectives (`token_objectives.py`), aggregation
+Chunks of the logits form the loss, the row statistics and the gradients: in one pass for
+token-local objectives, unit by unit for coupled ones. Not here: the loops (`chunk_loop.py`,
+`coupled_loop.py`), the objectives (`token_objectives.py`, `sequence_objectives.py`), aggregation
 (`aggregate.py`: the caller's weights).
 """
 
 import torch
 from torch import Tensor
 
-from pyoffline import autograd, checks, ops
+from pyoffline import autograd, checks, coupled_ops, ops
 from pyoffline.backends import pick
 from pyoffline.calls import stats_dtype
 from pyoffline.compose import Objective
+from pyoffline.coupled_program import metric_names
 from pyoffline.flatten import flatten_head, flatten_tokens, objective_program
+from pyoffline.flatten_coupled import flatten_sequences
 from pyoffline.head import Head
 from pyoffline.metrics import token_metrics
 from pyoffline.plan import plan_list
 from pyoffline.records import LossOutput, TokenBatch, TokenStats
 
 
-def _output(flat, result, shape) -> LossOutput:
-    loss, _, *stats = result
-    detached = [x.detach() for x in stats[:5]]
-    metrics = token_metrics(flat, *detached)
+def _output(flat, loss, stats, shape, more=()) -> LossOutput:
+    detached = [x.detach() for x in stats]
+    metrics = token_metrics(flat, *detached) | dict(more)
     return LossOutput(loss, TokenStats(*(x.reshape(shape) for x in detached)), metrics)
+
+
+def _coupled_output(flat, program, result, shape) -> LossOutput:
+    loss, *stats = result[:6]
+    names, values = metric_names(program.codes), result[6].detach().to(stats[0].dtype)
+    more = ((name, values[i]) for i, name in enumerate(names))
+    return _output(flat, loss, stats, shape, more)
 
 
 def linear_policy_loss(
@@ -61,6 +69,23 @@ def linear_policy_loss(
     x = flatten_head(hidden, head.tensors())
     shape, device = hidden.shape[:-1], hidden.device
     flat = flatten_tokens(tokens, shape, device, stats_dtype(x.hidden.dtype), program)
+    if program.coupled:
+        more = flatten_sequences(tokens, shape, device, stats_dtype(x.hidden.dtype), objective)
+        result = autograd.apply(
+            coupled_ops.linear_coupled,
+            *x.linear,
+            *_coupled_args(flat, tokens, more),
+            program.hyper,
+            x.scalars,
+            program.codes,
+            flat.gates,
+            flat.ignore_index,
+            x.logits_dtype,
+            x.needs,
+            pick(device.type, x.hidden.dtype),
+            plan_list(),
+        )
+        return _coupled_output(flat, program, result, shape)
     result = autograd.apply(
         ops.linear_policy,
         *x.linear,
@@ -81,9 +106,16 @@ def linear_policy_loss(
         x.logits_dtype,
         x.needs,
         pick(device.type, x.hidden.dtype),
-        plan_list(),
+        plan_list(tokens.n_valid),
     )
-    return _output(flat, result[:7], shape)
+    return _output(flat, result[0], result[2:7], shape)
+
+
+def _coupled_args(flat, tokens: TokenBatch, sequences) -> tuple:
+    """Arguments of the coupled ops from labels to omega; no weights mean each unit's default."""
+    weights = None if tokens.weights is None else flat.weights
+    given = (flat.old, flat.mu, flat.ref, flat.adv, flat.temperature, flat.extras)
+    return (flat.labels, weights, *given, *sequences.args)
 
 
 def policy_loss(
@@ -102,9 +134,24 @@ def policy_loss(
         raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")
     shape, device = logits.shape[:-1], logits.device
     flat = flatten_tokens(tokens, shape, device, stats_dtype(logits.dtype), program)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if program.coupled:
+        more = flatten_sequences(tokens, shape, device, stats_dtype(logits.dtype), objective)
+        result = autograd.apply(
+            coupled_ops.logits_coupled,
+            rows,
+            *_coupled_args(flat, tokens, more),
+            program.hyper,
+            program.codes,
+            flat.gates,
+            flat.ignore_index,
+            wants_grad(logits),
+            pick(device.type, logits.dtype),
+        )
+        return _coupled_output(flat, program, result, shape)
     result = autograd.apply(
         ops.logits_policy,
-        logits.reshape(-1, logits.shape[-1]),
+        rows,
         flat.labels,
         flat.weights,
         flat.old,
@@ -121,7 +168,7 @@ def policy_loss(
         wants_grad(logits),
         pick(device.type, logits.dtype),
     )
-    return _output(flat, result[:7], shape)
+    return _output(flat, result[0], result[2:7], shape)
 
 
 def wants_grad(x: Tensor) -> bool:

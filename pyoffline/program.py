@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyoffline.coupled import common_unit
+from pyoffline.coupled_table import COUPLED, COUPLED_OF_CODE, MASKS
 from pyoffline.objectives import ANCHORS, CUSTOM_TERMS, ROW_OF_CODE, TABLE, Term
+from pyoffline.records import SEQUENCE_FIELDS
 
 CUSTOM_CODE = 0
 HYPER_COLUMNS = 8  # scale, six parameters, one spare: a row is one cache line
@@ -25,9 +28,11 @@ _WRT = {"logp": "a", "entropy": "b", "lse": "c", "gap": "e"}
 class Program:
     """Flat form of an objective.
 
-    `codes`: (code, gate, anchor) per term (for a custom term the anchor is its registry number);
-    `hyper`: fp64 [K, 8] on the CPU, scale then parameters; `gates`: names of the extra tensors, in
-    gate order; `reads`: the token inputs read.
+    `codes`: (code, gate, anchor) per term (for a custom term the anchor is its registry number, for
+    a mask the number of terms that follow and are masked); `hyper`: fp64 [K, 8] on the CPU, scale
+    then parameters; `gates`: names of the extra tensors, in gate order; `reads`: the token inputs
+    read. `sequence_reads`: the sequence inputs; `optional` and `one_of` as in CoupledRow, of both
+    kinds.
     """
 
     codes: tuple[int, ...]
@@ -35,10 +40,28 @@ class Program:
     gates: tuple[str, ...]
     reads: frozenset[str]
     needs_adv: bool
+    sequence_reads: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+    one_of: tuple[tuple[str, ...], ...] = ()
 
     @property
     def has_custom(self) -> bool:
         return CUSTOM_CODE in self.codes[0::3]
+
+    @property
+    def coupled(self) -> tuple:
+        """The coupled rows and masks of this program, in order; empty for a token-local one."""
+        return coupled_rows(self.codes)
+
+
+def coupled_rows(codes) -> tuple:
+    """The coupled rows among (code, gate, anchor) triples."""
+    return tuple(COUPLED_OF_CODE[code] for code in codes[0::3] if code in COUPLED_OF_CODE)
+
+
+def unit_of(codes) -> str:
+    """What must be whole before any coefficient of this program is known."""
+    return common_unit(row.unit for row in coupled_rows(codes))
 
 
 class RowScalars(NamedTuple):
@@ -70,14 +93,33 @@ class Coefs(NamedTuple):
 _ADV_DEFAULTS_TO_ONE = frozenset({"prob_power"})
 
 
+def _row(term: Term):
+    for table in (TABLE, COUPLED, MASKS):
+        if term.row in table:
+            return table[term.row]
+    raise KeyError(term.row)
+
+
 def _reads(term: Term) -> set[str]:
     if term.custom is not None:
         return set(term.custom.reads)
-    names = set(TABLE[term.row].reads)
+    names = set(_row(term).reads)
     if "anchor" in names:
         names.discard("anchor")
         names.add(_ANCHOR_NAMES[term.anchor])
-    return names & set(_TOKEN_INPUTS)
+    return names
+
+
+def _triple(t: Term, gates: list[str]) -> tuple[int, int, int]:
+    gate = gates.index(t.gate) if t.gate else -1
+    if t.custom is not None:
+        return CUSTOM_CODE, gate, t.custom.number
+    if t.row in COUPLED and t.gate:
+        raise ValueError(
+            f"{t.row} couples the tokens of a unit and cannot be weighted per token by "
+            f"{t.gate!r}: weigh its sequences (SequenceBatch.weights), or a token-local term"
+        )
+    return _row(t).code, gate if t.row in TABLE else -1, t.anchor
 
 
 def compile_terms(terms: tuple[Term, ...]) -> Program:
@@ -90,11 +132,7 @@ def compile_terms(terms: tuple[Term, ...]) -> Program:
         names = [t.gate] if t.gate else []
         names += list(t.custom.extras) if t.custom is not None else []
         gates += [n for n in names if n not in gates]
-        gate = gates.index(t.gate) if t.gate else -1
-        if t.custom is not None:
-            codes += [CUSTOM_CODE, gate, t.custom.number]
-        else:
-            codes += [TABLE[t.row].code, gate, t.anchor]
+        codes += _triple(t, gates)
         term_reads = _reads(t)
         reads |= term_reads
         needs_adv |= "adv" in term_reads and t.row not in _ADV_DEFAULTS_TO_ONE
@@ -102,7 +140,17 @@ def compile_terms(terms: tuple[Term, ...]) -> Program:
     for k, t in enumerate(terms):
         row = [t.scale, *t.params]
         hyper[k, : len(row)] = torch.tensor(row, dtype=torch.float64)
-    return Program(tuple(codes), hyper, tuple(gates), frozenset(reads), needs_adv)
+    rows = coupled_rows(codes)
+    return Program(
+        tuple(codes),
+        hyper,
+        tuple(gates),
+        frozenset(reads & set(_TOKEN_INPUTS)),
+        needs_adv,
+        frozenset(reads & set(SEQUENCE_FIELDS.values())),
+        frozenset(name for row in rows for name in row.optional),
+        tuple(names for row in rows for names in row.one_of),
+    )
 
 
 def _call_row(code: int, anchor: int, params: Tensor, rows: RowScalars) -> tuple[Tensor, Tensor]:
@@ -128,8 +176,9 @@ def evaluate(codes, hyper: Tensor, rows: RowScalars, extras: dict[str, Tensor]) 
     gates = list(extras.values())
     zero = torch.zeros_like(rows.logp)
     total = {"loss": zero, "a": zero, "b": zero, "c": zero, "e": zero}
-    hyper = hyper.to(rows.logp.device, rows.logp.dtype)
-    scales = hyper[:, 0].tolist()
+    hyper = hyper.to(rows.logp.dtype)
+    scales = hyper[:, 0].tolist()  # on the CPU: no device is asked
+    hyper = hyper.to(rows.logp.device)
     for k in range(len(codes) // 3):
         code, gate, anchor = codes[3 * k : 3 * k + 3]
         if scales[k] == 0.0:

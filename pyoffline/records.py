@@ -11,6 +11,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# Field -> the name that objective functions read it by.
+TOKEN_FIELDS = {
+    "old_logps": "old",
+    "behavior_logps": "mu",
+    "ref_logps": "ref",
+    "advantages": "adv",
+}
+SEQUENCE_FIELDS = {
+    "rewards": "rewards",
+    "group_ids": "group_ids",
+    "targets": "targets",
+    "ref_logps": "ref_sums",
+    "weights": "omega",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class SequenceBatch:

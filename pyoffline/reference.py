@@ -99,6 +99,8 @@ def row_pass(logits: Tensor, rows: Rows, out: RowOutputs, want_grad: bool) -> Te
     out.loss.copy_(coefs.loss)
     if out.coefs is not None:
         out.coefs.copy_(torch.stack(coefs[1:]))
+    if out.gap is not None:
+        out.gap.copy_(scalars.gap)
     for name in ("logps", "entropy", "lse", "log_sum_p2", "is_top1"):
         getattr(out, name).copy_(getattr(stats, name))
     if not want_grad:
@@ -111,6 +113,8 @@ def row_pass(logits: Tensor, rows: Rows, out: RowOutputs, want_grad: bool) -> Te
 
 class ReferenceKernels:
     """The steps of the chunk loop in torch ops."""
+
+    asynchronous = False
 
     def __init__(self, device: str):
         self.device = device
@@ -182,11 +186,12 @@ def logits(call: LogitsCall) -> LogitsResult:
     """Rows on given logits on the reference backend."""
     n, vocab = call.logits.shape
     stats = stats_dtype(call.logits.dtype)
-    out = RowOutputs.zeros(n, stats, call.logits.device, call.wants_coefs)
+    wants = (call.wants_coefs, call.wants_gap)
+    out = RowOutputs.zeros(n, stats, call.logits.device, *wants)
     index = call.rows.counts().nonzero()[:, 0]
     rows = call.rows.map(lambda v: v.index_select(0, index))
     check_labels(rows.labels, vocab, index)
-    part = RowOutputs.zeros(index.numel(), stats, call.logits.device, call.wants_coefs)
+    part = RowOutputs.zeros(index.numel(), stats, call.logits.device, *wants)
     scale = power_of_two_scale(rows, call.logits.dtype)
     dlogits = row_pass(call.logits.index_select(0, index), rows, part, call.needs_grad)
     loss = ReferenceKernels("cpu").weighted_sum(part.loss, rows.weights)

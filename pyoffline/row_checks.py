@@ -11,14 +11,16 @@ from pyoffline.config import nearest
 
 LOGPS = ("old_logps", "behavior_logps", "ref_logps")
 TEXTS = ("text", "prompt", "completion", "messages", "prompt_ids", "completion_ids")
-KNOWN = (*TEXTS, *LOGPS, "advantages", "reward", "group")
+OPTIONAL = (*LOGPS, "advantages", "reward", "group")  # always checked where they are given
+KNOWN = (*TEXTS, *OPTIONAL)
 TOLERANCE = 1e-3  # a log-prob computed in bf16 may round above 0 by this much
 
 
 def check_row(row: dict, needs) -> list[tuple[str, str]]:
     """What is wrong with a row before it is tokenised: pairs of field and message."""
     found = _check_text(row)
-    known = {*KNOWN, *needs.extras}
+    read = needs.columns | needs.optional | set(needs.extras)
+    known = {*KNOWN, *read}
     present = {k for k, v in row.items() if v is not None}
     for name in sorted(needs.columns | set(needs.extras)):
         if name not in present:
@@ -29,12 +31,16 @@ def check_row(row: dict, needs) -> list[tuple[str, str]]:
         near = nearest(name, missing - needs.columns - set(needs.extras))
         if near and _close(name, missing):
             found.append((name, f"unknown column{near}"))
-    for name in ("reward",):
-        if name in present:
-            found += _check_number(name, row[name])
-    for name in (*LOGPS, "advantages", *needs.extras):
-        if name in present:
-            found += _check_values(name, row[name], name in LOGPS)
+    for name in sorted(present & {"reward", "greedy_reward"} & {*OPTIONAL, *read}):
+        found += _check_number(name, row[name])
+    lists = {*LOGPS, "advantages", *needs.extras, *({"values", "log_sum_p2"} & read)}
+    for name in sorted(present & lists):
+        if name == "ref_logps" and needs.sums and not isinstance(row[name], list):
+            found += _check_logp(name, row[name])
+        else:
+            found += _check_values(name, row[name], name in (*LOGPS, "log_sum_p2"))
+    if "label" in present & read and row["label"] not in (0, 1):
+        found.append(("label", f"expected true or false (1 or 0), got {row['label']!r}"))
     if "group" in present and not isinstance(row["group"], int | str):
         found.append(("group", f"expected a string or an integer, got {row['group']!r}"))
     return found
@@ -64,6 +70,9 @@ def check_sample(
             if len(value) == sample.n_completion - 1:
                 why += " (one is the end-of-sequence token that data.append_eos adds to a text)"
             found.append((name, why))
+    cut = len(sample.ids) > max_length and too_long == "truncate"
+    if cut and isinstance(sample.columns.get("ref_logps"), int | float):
+        found.append(("ref_logps", "a sum over all tokens, but max_length cuts some: give a list"))
     if len(sample.ids) > max_length and too_long == "error":
         why = f"{len(sample.ids)} tokens, the limit is {max_length}; data.too_long can cut or drop"
         found.append(("max_length", why))
@@ -77,17 +86,23 @@ def _close(name: str, known: Iterable[str]) -> bool:
     return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=0.8))
 
 
+WHY = {
+    "reward": "the rewards of rows are read",
+    "group": "the rows of a group are compared, and stay together in a batch",
+    "label": "the objective reads it: true for a good completion, false for a bad one",
+    "greedy_reward": "`advantage` remax subtracts the reward of the prompt's greedy completion",
+    "values": "`advantage` reads a critic's value, one per completion token",
+    "log_sum_p2": "`advantage` reads log sum p^2; `pyoffline score --log-sum-p2` adds it",
+}
+
+
 def _why_needed(name: str) -> str:
     if name in LOGPS:
         return "the objective reads it, one log-prob per completion token"
     if name == "advantages":
         made = "`advantage: {name: group_normalize}` makes it from reward"
         return f"the objective reads it; give the column, or {made}"
-    if name == "reward":
-        return "`advantage` is computed from it"
-    if name == "group":
-        return "`advantage` compares the rows of a group"
-    return "the objective weights a term by it"
+    return WHY.get(name, "the objective weights a term by it")
 
 
 def _check_text(row: dict) -> list[tuple[str, str]]:
@@ -160,9 +175,15 @@ def _check_values(name: str, value, logps: bool) -> list[tuple[str, str]]:
             return [(name, f"expected a list of log-probs, got {value!r}")]
         return _check_number(name, value)
     for i, x in enumerate(value):
-        bad = _check_number(f"{name}[{i}]", x)
+        where = f"{name}[{i}]"
+        bad = _check_logp(where, x) if logps else _check_number(where, x)
         if bad:
             return bad
-        if logps and x > TOLERANCE:
-            return [(f"{name}[{i}]", f"{x} is above 0, so it is not a log-prob")]
     return []
+
+
+def _check_logp(name: str, value) -> list[tuple[str, str]]:
+    bad = _check_number(name, value)
+    if not bad and value > TOLERANCE:
+        return [(name, f"{value} is above 0, so it is not a log-prob")]
+    return bad

@@ -74,7 +74,7 @@ def step_weights(
     return weights, tokens
 
 
-def _sequence_tokens(batch: dict, mask: Tensor) -> Tensor:
+def sequence_tokens(batch: dict, mask: Tensor) -> Tensor:
     """[S] valid tokens of each sequence."""
     if "sequence_ids" not in batch:
         return mask.sum(-1)
@@ -84,7 +84,7 @@ def _sequence_tokens(batch: dict, mask: Tensor) -> Tensor:
 
 
 def _n_sequences(batch: dict, mask: Tensor, mode: str) -> Tensor:
-    tokens = _sequence_tokens(batch, mask)
+    tokens = sequence_tokens(batch, mask)
     return (
         torch.tensor(len(tokens), device=mask.device) if mode == "constant" else (tokens > 0).sum()
     )
@@ -98,7 +98,7 @@ def _prompt_tokens(batches: list[dict], masks: list[Tensor]) -> tuple[list[Tenso
     if missing:
         raise ValueError("aggregation prompt-mean needs the column `group`")
     groups = torch.cat([b["group_ids"] for b in batches])
-    tokens = torch.cat([_sequence_tokens(b, m) for b, m in zip(batches, masks, strict=True)])
+    tokens = torch.cat([sequence_tokens(b, m) for b, m in zip(batches, masks, strict=True)])
     _, index = groups.unique(return_inverse=True)
     sums = torch.zeros(int(index.max()) + 1, dtype=torch.int64, device=index.device).index_add_(
         0, index, tokens

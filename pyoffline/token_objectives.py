@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pyoffline.compose import Objective, OneRow, check_floats
 from pyoffline.objectives import ANCHORS, REGISTRY, Term, snake_case
 
-_NON_NEGATIVE = (0.0, math.inf)
-_POSITIVE = (math.ulp(0.0), math.inf)
-_CLIPS = {"clip_low": (0.0, 1.0), "clip_high": _NON_NEGATIVE}
+NON_NEGATIVE = (0.0, math.inf)
+POSITIVE = (math.ulp(0.0), math.inf)
+_CLIPS = {"clip_low": (0.0, 1.0), "clip_high": NON_NEGATIVE}
 
 
 def objective(cls):
@@ -23,7 +23,8 @@ def objective(cls):
     return cls
 
 
-def _ordered(obj, low: float, high: float | None) -> None:
+def check_ordered(obj, low: float, high: float | None) -> None:
+    """`low` is not above `high`."""
     if high is not None and low > high:
         raise ValueError(f"{type(obj).__name__}: low={low} is above high={high}")
 
@@ -38,7 +39,7 @@ class NLL(Objective):
     z_loss: float = 0.0
 
     def check(self):
-        check_floats(self, label_smoothing=(0.0, 1.0), z_loss=_NON_NEGATIVE)
+        check_floats(self, label_smoothing=(0.0, 1.0), z_loss=NON_NEGATIVE)
 
     def terms(self, has_mu=False):
         eps = float(self.label_smoothing)
@@ -72,7 +73,7 @@ class Luffy(OneRow):
     """`-A p/(p+gamma)`, coef -A gamma p/(p+gamma)^2 (2504.14945)."""
 
     gamma: float = 0.1
-    bounds = {"gamma": _POSITIVE}
+    bounds = {"gamma": POSITIVE}
 
 
 @objective
@@ -81,11 +82,11 @@ class ImportanceWeightedSFT(OneRow):
 
     low: float = 0.2
     high: float | None = 1.8
-    bounds = {"low": _NON_NEGATIVE}
+    bounds = {"low": NON_NEGATIVE}
 
     def check(self):
         super().check()
-        _ordered(self, self.low, self.high)
+        check_ordered(self, self.low, self.high)
 
 
 @objective
@@ -117,11 +118,11 @@ class TruncatedIS(OneRow):
 
     low: float = 0.0
     high: float | None = 1.0
-    bounds = {"low": _NON_NEGATIVE}
+    bounds = {"low": NON_NEGATIVE}
 
     def check(self):
         super().check()
-        _ordered(self, self.low, self.high)
+        check_ordered(self, self.low, self.high)
 
 
 @objective
@@ -136,7 +137,7 @@ class PPOClip(OneRow):
     clip_high: float = 0.2
     dual_clip: float | None = None
     delta: float | None = None
-    bounds = {**_CLIPS, "dual_clip": (1.0, math.inf), "delta": _POSITIVE}
+    bounds = {**_CLIPS, "dual_clip": (1.0, math.inf), "delta": POSITIVE}
 
 
 @objective
@@ -148,7 +149,7 @@ class DecoupledPPO(OneRow):
     clip_low: float = 0.2
     clip_high: float = 0.2
     behavior_cap: float | None = None
-    bounds = {**_CLIPS, "behavior_cap": _POSITIVE}
+    bounds = {**_CLIPS, "behavior_cap": POSITIVE}
 
 
 @objective
@@ -157,11 +158,11 @@ class CISPO(OneRow):
 
     low: float = 0.0
     high: float | None = 5.0
-    bounds = {"low": _NON_NEGATIVE}
+    bounds = {"low": NON_NEGATIVE}
 
     def check(self):
         super().check()
-        _ordered(self, self.low, self.high)
+        check_ordered(self, self.low, self.high)
 
 
 @objective
@@ -170,7 +171,7 @@ class SAPO(OneRow):
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
-    bounds = {"tau_pos": _POSITIVE, "tau_neg": _POSITIVE}
+    bounds = {"tau_pos": POSITIVE, "tau_neg": POSITIVE}
 
 
 @objective
@@ -183,7 +184,7 @@ class DPPO(OneRow):
     delta_low: float = 0.2
     delta_high: float = 0.2
     cap: float | None = 3.0
-    bounds = {"delta_low": _NON_NEGATIVE, "delta_high": _NON_NEGATIVE, "cap": _POSITIVE}
+    bounds = {"delta_low": NON_NEGATIVE, "delta_high": NON_NEGATIVE, "cap": POSITIVE}
 
     def check(self):
         super().check()
@@ -199,7 +200,7 @@ class DRO(OneRow):
     """`-A l + beta/2 (l-old)^2`, coef -A + beta (l-old) (2405.19107)."""
 
     beta: float
-    bounds = {"beta": _NON_NEGATIVE}
+    bounds = {"beta": NON_NEGATIVE}
 
 
 @objective
@@ -222,11 +223,11 @@ class DistillToken(OneRow):
 
     low: float = 0.0
     high: float | None = None
-    bounds = {"low": _NON_NEGATIVE}
+    bounds = {"low": NON_NEGATIVE}
 
     def check(self):
         super().check()
-        _ordered(self, self.low, self.high)
+        check_ordered(self, self.low, self.high)
 
     def row_name(self, has_mu):
         return "distill_token_is" if has_mu else "distill_token"

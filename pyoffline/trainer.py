@@ -18,23 +18,26 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyoffline.backends import use_backend
 from pyoffline.checkpoint import SafeCheckpoints
+from pyoffline.coupled_program import metric_names
 from pyoffline.head import Head, backbone
 from pyoffline.plan import memory_budget
 from pyoffline.policy_loss import linear_policy_loss
-from pyoffline.records import LossOutput, TokenBatch
-from pyoffline.step_weights import aligned_labels, step_weights
+from pyoffline.records import (
+    SEQUENCE_FIELDS,
+    TOKEN_FIELDS,
+    LossOutput,
+    SequenceBatch,
+    TokenBatch,
+)
+from pyoffline.step_weights import aligned_labels, sequence_tokens, step_weights
 from pyoffline.token_objectives import NLL
 from pyoffline.trainer_config import OfflineConfig
+from pyoffline.units import unit_weights, weighs_of
 
 __all__ = ["NonFiniteGradientError", "OfflineConfig", "OfflineTrainer"]
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
-TOKEN_COLUMNS = {
-    "old": "old_logps",
-    "mu": "behavior_logps",
-    "ref": "ref_logps",
-    "adv": "advantages",
-}
+UNIT_MEANS = {"sequence", "pair", "group"}
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -48,9 +51,11 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
     transformers.Trainer.
 
     A batch holds input_ids, labels (both unshifted, as transformers has them) and the columns that
-    the objective reads, each [B, T] at its token's own position, or advantages [B]. With `weights`
-    [B, T] in the batch the caller owns the normaliser: they are used as they are (with data
-    parallelism the host averages over ranks). `args` is an OfflineConfig.
+    the objective reads, each [B, T] at its token's own position, or advantages [B]; for objectives
+    that couple sequences also rewards, group_ids, targets, ref_sums, each [S] (a pair's or group's
+    rows in one batch: units.py, collate.py). With `weights` [B, T] in the batch the caller owns the
+    normaliser: they are used as they are (with data parallelism the host averages over ranks).
+    `args` is an OfflineConfig.
 
     Raises ValueError for models whose loss has parts outside the head, TypeError from `Head.of` for
     unknown heads, NonFiniteGradientError in training.
@@ -76,6 +81,8 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             )
         self.model_accepts_loss_kwargs = True
         self.objective = NLL() if objective is None else objective
+        self._weighs = weighs_of(self.objective)
+        self._unit_metrics = frozenset(metric_names(self.objective.program(False).codes))
         Head.of(self.model)  # an unknown head raises now, not at the first step
         self._dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         self._meter = Meter()
@@ -96,25 +103,38 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             if len(given) < len(batches):
                 raise ValueError("some micro-batches of a step have `weights` and some do not")
             return torch.tensor(sum(int((aligned_labels(b) != -100).sum()) for b in batches))
+        own = self.args.aggregation == "auto"
+        mode, ranks = "token-mean" if own else self.args.aggregation, self.accelerator.num_processes
         weights, tokens = step_weights(
-            batches,
-            self.args.aggregation,
-            self.args.horizon,
-            lambda t: self.accelerator.reduce(t.to(self.args.device), "sum"),
-            self.accelerator.num_processes,
-            self._dtype,
+            batches, mode, self.args.horizon, self._sum, ranks, self._dtype
         )
         for batch, w in zip(batches, weights, strict=True):
             batch["weights"] = torch.cat([torch.zeros_like(w[..., :1]), w[..., :-1]], -1)
+        if own and self._weighs & UNIT_MEANS:
+            counts = [sequence_tokens(b, aligned_labels(b) != -100) for b in batches]
+            shares = unit_weights(batches, counts, self._weighs, self._sum, ranks)
+            for batch, omega in zip(batches, shares, strict=True):
+                batch["omega"] = omega.to(self._dtype)
         return tokens
+
+    def _sum(self, t: Tensor) -> Tensor:
+        return self.accelerator.reduce(t.to(self.args.device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """sum(weights * loss_t) of a micro-batch."""
         if "weights" not in inputs:
             self._add_weights([inputs])
         out = self._fused_forward(model, inputs)
-        self._meter.add(out.metrics, (aligned_labels(inputs) != -100).sum())
+        self._measure(self._meter, out.metrics, inputs)
         return (out.loss, {"loss": out.loss}) if return_outputs else out.loss
+
+    def _measure(self, meter: "Meter", metrics: dict[str, Tensor], inputs: dict) -> None:
+        """Means over tokens weigh by tokens, means over sequences, pairs or groups by sequences."""
+        mask = aligned_labels(inputs) != -100
+        meter.add({k: v for k, v in metrics.items() if k not in self._unit_metrics}, mask.sum())
+        if self._unit_metrics:
+            live = (sequence_tokens(inputs, mask) > 0).sum()
+            meter.add({k: v for k, v in metrics.items() if k in self._unit_metrics}, live)
 
     def _fused_forward(self, model, inputs) -> LossOutput:
         """Runs the loss as the forward of the wrapped model, so that DDP, FSDP2 and DeepSpeed hooks
@@ -139,15 +159,24 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         reads.
         """
         program = self.objective.program("behavior_logps" in batch)
-        columns = {}
-        for name in sorted(TOKEN_COLUMNS[r] for r in program.reads):
-            if name in batch:
-                columns[name] = _shift(batch[name], batch["input_ids"].shape)
-        extra = {name: _shift(batch[name], batch["input_ids"].shape) for name in program.gates}
+        shape, reads = batch["input_ids"].shape, {*program.reads, *program.optional, "omega"}
+        reads = reads.union(program.sequence_reads, *program.one_of)
+        columns = {
+            field: _shift(batch[field], shape)
+            for field, name in TOKEN_FIELDS.items()
+            if name in reads and field in batch
+        }
+        of_sequence = {
+            field: batch[name]
+            for field, name in SEQUENCE_FIELDS.items()
+            if name in reads and name in batch
+        }
+        extra = {name: _shift(batch[name], shape) for name in program.gates}
         return TokenBatch(
             aligned_labels(batch),
-            weights=_shift(batch["weights"], batch["input_ids"].shape),
+            weights=_shift(batch["weights"], shape),
             sequence_ids=batch.get("sequence_ids"),
+            sequences=SequenceBatch(**of_sequence) if of_sequence else None,
             extra=extra or None,
             **columns,
         )
@@ -209,7 +238,9 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
+        before = torch.get_rng_state()  # a loader draws a seed: evaluation must not move training
         batches = list(dataloader)
+        torch.set_rng_state(before)
         self._drop_repeated_rows(batches, dataloader)
         self._add_weights(batches)
         meter, total = Meter(), torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -218,7 +249,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
                 inputs = self._prepare_inputs(batch)
                 out = self._fused_forward(model, inputs)
                 total += out.loss
-                meter.add(out.metrics, (aligned_labels(inputs) != -100).sum())
+                self._measure(meter, out.metrics, inputs)
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
@@ -236,8 +267,10 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         labels = last["labels"] = last["labels"].clone()
         ids = last.get("sequence_ids")
         rows = len(labels) if ids is None else int(ids.max()) + 1
-        own = remainder - self.accelerator.process_index * rows
         index = torch.arange(rows, device=labels.device)[:, None] if ids is None else ids
+        if "unit_ids" in last:
+            index = last["unit_ids"][index]
+        own = remainder - self.accelerator.process_index * (int(index.max()) + 1)
         labels.masked_fill_((index >= own).expand(labels.shape), -100)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -19,7 +19,9 @@ class OfflineConfig(TrainingArguments):
 
     Args:
         aggregation: a mode of `pyoffline.token_weights`, over all micro-batches and ranks of an
-            optimiser step.
+            optimiser step. "auto" is what the objective means by default: the mean over tokens, or
+            over sequences, pairs or groups for objectives that couple them. Any mode turns a
+            coupled objective's weights into the sums of its tokens' weights.
         horizon: the length that modes "constant" and "seq-mean-token-sum-norm" divide by.
         memory_budget_mib: bytes of one logits chunk, in MiB; None takes the library's default.
         backend: the pyoffline backend that computes the loss ("auto", "cpu", "reference", ...).
@@ -30,7 +32,7 @@ class OfflineConfig(TrainingArguments):
     `use_liger_kernel`, and `push_to_hub`, which would send data away.
     """
 
-    aggregation: str = "token-mean"
+    aggregation: str = "auto"
     horizon: int | None = None
     memory_budget_mib: int | None = None
     backend: str = "auto"
@@ -40,10 +42,9 @@ class OfflineConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.aggregation not in MODES and self.aggregation not in ALIASES:
-            raise ValueError(
-                f"aggregation: {self.aggregation!r} is not one of {', '.join([*MODES, *ALIASES])}"
-            )
+        known = ("auto", *MODES, *ALIASES)
+        if self.aggregation not in known:
+            raise ValueError(f"aggregation: {self.aggregation!r} is not one of {', '.join(known)}")
         if self.memory_budget_mib is not None and self.memory_budget_mib < 1:
             raise ValueError(
                 f"memory_budget_mib: expected at least 1, got {self.memory_budget_mib}"

@@ -5,11 +5,13 @@ Not here: reading the configuration (config.py), the command line (cli.py).
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from pyoffline import run_folder
 from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
 from pyoffline.data import Needs, SampleSet, load_samples
 
@@ -40,19 +42,34 @@ def run_training(
 
     transformers.utils.logging.disable_progress_bar()
     args = OfflineConfig(**(config.trainer | {"disable_tqdm": True}))
-    start = _checkpoint(args.output_dir) if resume else None
-    tokenizer = load_tokenizer(config.model)
-    train, evaluation, keep = load_data(config, tokenizer)
-    transformers.set_seed(args.seed)
-    lm = load_model(config.model)
-    trainer, stop = build_trainer(config, args, lm, tokenizer, (train, evaluation, keep))
-    if check_only:
-        return None
+    run = Path(args.output_dir)
+    sole = run_folder.sole_run(run) if args.should_save and not check_only else nullcontext()
+    with sole:
+        start = _checkpoint(run, resume, not check_only)
+        tokenizer = load_tokenizer(config.model)
+        data = load_data(config, tokenizer)
+        transformers.set_seed(args.seed)
+        lm = load_model(config.model)
+        trainer, stop = build_trainer(config, args, lm, tokenizer, data)
+        return None if check_only else _train(trainer, stop, start)
+
+
+def _train(trainer, stop, start) -> RunResult:
+    from pyoffline.callbacks import StoppedInEvaluation
+
     try:
         trainer.train(resume_from_checkpoint=start)
+    except StoppedInEvaluation:
+        trainer.save_checkpoint()
     finally:
         stop.restore()
-    return _finish(trainer, args, stop)
+    run, step = Path(trainer.args.output_dir), trainer.state.global_step
+    folder = run / "final" if stop.stopped_by is None else run / f"checkpoint-{step}"
+    if stop.stopped_by is None:
+        trainer.save_whole(folder)
+    elif run_folder.newest(run) != folder:  # the signal came after the last step
+        trainer.save_checkpoint()
+    return RunResult(run, folder, run / "metrics.jsonl", step, stop.stopped_by)
 
 
 def load_tokenizer(model: ModelConfig):
@@ -83,8 +100,8 @@ def load_model(model: ModelConfig):
         raise ConfigError(f"model.path {model.path}", [problem]) from None
 
 
-def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, frozenset[str]]:
-    """Both sets and the columns that batches carry. Says on stderr what was left out."""
+def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, Needs]:
+    """Both sets and what batches carry. Says on stderr what was left out."""
     objective = build_objective(config)
     needs = Needs.of(objective, config.advantage)
     sets = []
@@ -104,11 +121,9 @@ def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None
                 f"{path}: cut {data.truncated} rows to {config.data.max_length} tokens\n"
             )
         sets.append(data)
-    reads = objective.program(False).reads
-    keep = set(needs.columns) | set(needs.extras) | ({"advantages"} if "adv" in reads else set())
     if config.trainer.get("aggregation") in ("prompt-mean", "prompt_mean"):
-        keep.add("group")
-    return sets[0], sets[1], frozenset(keep)
+        needs = replace(needs, keep=needs.keep | {"group"})
+    return sets[0], sets[1], needs
 
 
 def build_trainer(config: RunConfig, args, model, tokenizer, data):
@@ -119,7 +134,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     from pyoffline.collate import Collator
     from pyoffline.trainer import OfflineTrainer
 
-    train, evaluation, keep = data
+    train, evaluation, needs = data
     pad = (
         tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
@@ -132,7 +147,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
         "args": args,
         "train_dataset": train,
         "eval_dataset": evaluation,
-        "data_collator": Collator(pad, keep, config.data.packing),
+        "data_collator": Collator(pad, needs.keep, config.data.packing, needs.unit),
         "processing_class": tokenizer,
         "callbacks": [
             JsonlCallback(Path(args.output_dir) / "metrics.jsonl"),
@@ -163,25 +178,22 @@ def _bar(label: str):
     )
 
 
-def _checkpoint(output_dir: str) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if found is None:
-        raise ConfigError(output_dir, ["--resume: there is no checkpoint in trainer.output_dir"])
-    return found
-
-
-def _finish(trainer, args, stop) -> RunResult:
-    output = Path(args.output_dir)
-    final = output / "final"
-    if stop.stopped_by is None:
-        trainer.save_model(str(final))
-    else:
-        final = output / f"checkpoint-{trainer.state.global_step}"
-    return RunResult(
-        output, final, output / "metrics.jsonl", trainer.state.global_step, stop.stopped_by
-    )
+def _checkpoint(run: Path, resume: bool, write: bool) -> str | None:
+    """Where to start: the newest complete checkpoint, or None for a run from the beginning."""
+    if resume and write:
+        run_folder.recover(run)
+    found = run_folder.newest(run)
+    for folder, wrong in run_folder.unusable(run).items() if resume else ():
+        sys.stderr.write(f"{folder} is not used: {'; '.join(wrong)}\n")
+    if resume and found is None:
+        raise ConfigError(str(run), ["--resume: no complete checkpoint in trainer.output_dir"])
+    if not resume and found is not None and write:
+        problem = (
+            f"trainer.output_dir has {found.name} of an earlier run: pass --resume to go on from "
+            "it, choose another folder, or delete that one"
+        )
+        raise ConfigError(str(run), [problem])
+    return str(found) if resume else None
 
 
 def with_flags(config: RunConfig, skip_bad: bool, trust_remote_code: bool) -> RunConfig:

@@ -60,9 +60,13 @@ except RuntimeError as error:
     assert "use_backend('cpu')" in error and "no compiler was found" in error
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_m4_gpu_backends_raise_with_the_reason(name):
-    with pytest.raises(RuntimeError, match=f"{name}.*not built"), po.use_backend(name):
+def test_m4_gpu_backends_raise_with_the_reason():
+    with pytest.raises(RuntimeError, match="cuda.*not built"), po.use_backend("cuda"):
+        pass
+    if torch.cuda.is_available():
+        return
+    reason = "use_backend.'triton'.*(torch sees no GPU|triton is not installed)"
+    with pytest.raises(RuntimeError, match=reason), po.use_backend("triton"):
         pass
 
 

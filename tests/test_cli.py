@@ -191,7 +191,11 @@ def test_a_run_from_file_to_checkpoint(tmp_path, model, capsys):
     losses = [r for r in rows if r["event"] == "train"]
     assert [r["step"] for r in losses] == [1, 2, 3] and "ratio/mean" in losses[0]
     assert list(out.rglob("events.out.tfevents*"))
-    suffixes = {p.suffix for p in out.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    suffixes = {
+        p.suffix
+        for p in out.rglob("*")
+        if p.is_file() and "tfevents" not in p.name and p.name != ".lock"
+    }
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja"}, suffixes
     assert "final" in capsys.readouterr().out
     assert cli.main(["train", str(path), "--resume", "trainer.max_steps=4"]) == 0

@@ -12,80 +12,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from trainer_cases import COLUMNS, RATE, make_trainer, samples, tiny_model  # noqa: E402
+
 from pyoffline.callbacks import JsonlCallback  # noqa: E402
 from pyoffline.collate import Collator  # noqa: E402
-from pyoffline.data import Sample, SampleSet  # noqa: E402
 from pyoffline.step_weights import step_weights  # noqa: E402
 from pyoffline.token_objectives import KL, NLL, Entropy, PPOClip  # noqa: E402
-from pyoffline.trainer import NonFiniteGradientError, OfflineTrainer  # noqa: E402
-from pyoffline.trainer_config import OfflineConfig  # noqa: E402
-
-VOCAB, RATE = 61, 0.02
-COLUMNS = frozenset({"old_logps", "ref_logps", "advantages"})
-
-
-def tiny_model(dtype=torch.float64):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype)
-
-
-def samples(n, seed=0):
-    """Ragged sequences with every column; old log-probs around what a random model gives."""
-    random = torch.Generator().manual_seed(seed)
-    out = []
-    for i in range(n):
-        n_prompt, n_completion = 1 + i % 3, 1 + (5 * i) % 7
-        ids = torch.randint(1, VOCAB, (n_prompt + n_completion,), generator=random).tolist()
-        noise = torch.randn(2, n_completion, generator=random) * 0.3 - math.log(VOCAB)
-        columns = {"old_logps": noise[0].tolist(), "ref_logps": noise[1].tolist()}
-        columns |= {"advantages": float(torch.randn((), generator=random)), "group": i // 2}
-        out.append(Sample(ids, n_prompt, i + 1, columns))
-    return out
-
-
-def make_trainer(tmp_path, data, objective, packing=False, keep=COLUMNS, model=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 1,
-        "optim": "sgd",
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "per_device_eval_batch_size": 3,
-    }
-    seen = []
-    collate = Collator(0, keep, packing)
-
-    def record(batch):
-        seen.append(batch)
-        return collate(batch)
-
-    trainer = OfflineTrainer(
-        tiny_model() if model is None else model,
-        OfflineConfig(**(defaults | options)),
-        objective,
-        train_dataset=SampleSet(data, {}),
-        eval_dataset=SampleSet(data, {}),
-        data_collator=record,
-    )
-    return trainer, seen
+from pyoffline.trainer import NonFiniteGradientError  # noqa: E402
 
 
 class Gradients(transformers.TrainerCallback):
@@ -318,18 +251,6 @@ def test_resume_continues_bitwise_from_safetensors(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_checkpoint_of_pickles_is_refused(tmp_path):
-    trainer, _ = make_trainer(
-        tmp_path, samples(4), NLL(), keep=frozenset(), save_strategy="steps", save_steps=1
-    )
-    trainer.train()
-    folder = tmp_path / "checkpoint-1"
-    (folder / "optimizer.safetensors").unlink()
-    (folder / "optimizer.pt").write_bytes(b"not to be opened")
-    with pytest.raises(ValueError, match="pickles are not loaded"):
-        trainer.train(resume_from_checkpoint=str(folder))
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_weights_over_ranks_add_up_after_the_host_averages(ranks):
     collate = Collator(0, frozenset({"group"}))
@@ -373,7 +294,9 @@ def test_two_ranks_equal_one_process(tmp_path):
     for folder in (one, two):
         folder.mkdir()
     ranks_run(one, 8, 1)
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launch, __file__, str(two)]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, timeout=300)

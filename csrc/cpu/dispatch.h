@@ -17,6 +17,10 @@ namespace pyoffline {
 // Softmax statistics, objective program and gradient of each row; see row_pass.h.
 void row_pass(const RowArgs& args);
 
+// The same with divergences from a teacher's row; see distill.h.
+struct DistillArgs;
+void distill_row_pass(const DistillArgs& args);
+
 // The instruction set in use, those this CPU can run (widest first), and a switch for tests.
 // set_isa returns false and changes nothing when the name is unknown or the CPU lacks it.
 // PYOFFLINE_ISA is read once, at first use: a name that set_isa would refuse is ignored there, and

@@ -5,45 +5,14 @@
 // Rows are handed out in runs, because a row's sweeps pull the next one of the run into L2. An
 // ignored row, or one of weight 0, is never read. Compiled for the baseline CPU; the sweeps come
 // from the table of the chosen instruction set. Not here: argument checks.
-#include <cstring>
-
 #include "dispatch.h"
-#include "half_bits.h"
 #include "parallel.h"
 #include "row_driver.h"
+#include "row_memory.h"
 
 namespace pyoffline {
 
 namespace {
-
-const char* logits_row(const RowArgs& args, int64_t row) {
-  return static_cast<const char*>(args.logits) +
-         row * args.logits_stride * size_of(args.logits_type);
-}
-
-char* dlogits_row(const RowArgs& args, int64_t row) {
-  return static_cast<char*>(args.dlogits) + row * args.dlogits_stride * size_of(args.dlogits_type);
-}
-
-void zero_dlogits(const RowArgs& args, int64_t row) {
-  if (args.dlogits) std::memset(dlogits_row(args, row), 0, args.vocab * size_of(args.dlogits_type));
-}
-
-void nan_dlogits(const RowArgs& args, int64_t row) {
-  char* out = dlogits_row(args, row);
-  for (int64_t v = 0; v < args.vocab; ++v) {
-    if (args.dlogits_type == DType::f32) from_float(kNan, reinterpret_cast<float*>(out) + v);
-    if (args.dlogits_type == DType::bf16) from_float(kNan, reinterpret_cast<bf16*>(out) + v);
-    if (args.dlogits_type == DType::f16) from_float(kNan, reinterpret_cast<f16*>(out) + v);
-  }
-}
-
-Coefs given_coefs(const RowArgs& args, int64_t row) {
-  const float* c = args.coefs + row;
-  return {0.0f, c[0], c[args.rows], c[2 * args.rows], c[3 * args.rows]};
-}
-
-bool all_zero(const Coefs& c) { return c.a == 0 && c.b == 0 && c.c == 0 && c.e == 0; }
 
 void write_gradient(const Plan& plan, int64_t row, const RowInput& in, const Coefs& coefs,
                     const RowSums& sums, const RowStats& stats) {
@@ -73,9 +42,7 @@ void run_row(const Plan& plan, int64_t row, int64_t run_end) {
   Coefs coefs = args.coefs ? given_coefs(args, row) : Coefs{};
   const bool is_silent = args.coefs && all_zero(coefs);
   if (plan.writes_stats || !is_silent) {
-    RowInput in = describe(args, row);
-    in.logits = logits_row(args, row);
-    in.next = row + 1 < run_end && is_counted(args, row + 1) ? logits_row(args, row + 1) : nullptr;
+    const RowInput in = describe_stored(args, row, run_end);
     const int level = args.coefs && coefs.b != 0.0f && plan.level < 1 ? 1 : plan.level;
     RowSums sums;
     plan.kernels.sums(in, args.labels[row], level, &sums);

@@ -49,6 +49,10 @@ struct Vec {
   }
   static F keep(F x, int n, float fill) { return _mm512_mask_mov_ps(set(fill), mask(n), x); }
   static F scale_by_power(F x, F n) { return _mm512_scalef_ps(x, n); }
+  static F split(F x, F* exponent) {
+    *exponent = _mm512_getexp_ps(x);
+    return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  }
   static float max_lane(F x) { return _mm512_reduce_max_ps(x); }
 
   static Sum zero_sum() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }

@@ -4,9 +4,9 @@
 // max(a, b), min(a, b): b where either is NaN. less, drop_zero: a comparison with NaN is false.
 // keep_above(key, low, x): 0 where key <= low, x where key is NaN. count_zero: lanes == 0. keep(x,
 // n, fill): the first n lanes of x. scale_by_power(x, n): x 2^n for whole n in [-151, 129], rounded
-// once. Sum: fp32 lanes added up in fp64. load(p, n), store(p, x, n): the first n lanes; absent
-// lanes are read as 0. Where there is no FMA, fma rounds twice: results differ in the last bit
-// between instruction sets, never within one.
+// once. split(x, &n): x / 2^n in [1, 2) of a positive normal x. Sum: fp32 lanes added up in fp64.
+// load(p, n), store(p, x, n): the first n lanes; absent lanes are read as 0. Where there is no FMA,
+// fma rounds twice: results differ in the last bit between instruction sets, never within one.
 #pragma once
 
 #include "half_bits.h"
@@ -62,6 +62,11 @@ struct Vec {
     const I whole = __builtin_convertvector(n, I);
     const I half = whole >> 1;
     return x * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+  }
+  static F split(F x, F* exponent) {
+    const I u = (I)x;
+    *exponent = __builtin_convertvector((u >> 23) - 127, F);
+    return (F)((u & 0x007fffff) | 0x3f800000);
   }
   static float max_lane(F x) {
     const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];

@@ -204,3 +204,6 @@ def _whole_dweight(floor: Floor, rows: int):
 TORCH = dict(zip(GEMMS, (_torch_logits, _torch_dhidden, _torch_dweight), strict=True))
 PANELS = dict(zip(GEMMS, (_panels_logits, _panels_dhidden, _panels_dweight), strict=True))
 WHOLE = dict(zip(GEMMS, (_whole_logits, _whole_dhidden, _whole_dweight), strict=True))
+# A teacher's logits are one more product of the first kind.
+for _table in (TORCH, PANELS, WHOLE):
+    _table["teacher"] = _table["logits"]

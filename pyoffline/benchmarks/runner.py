@@ -157,7 +157,11 @@ def entry(name: str, seconds, base, flop: float, bar: float | None = None) -> di
 def plan_of(case: Case, shape: Shape, dtype: str, budget: int | None) -> dict:
     """Chunks of a call, and the bytes beyond inputs and gradients that `explain` predicts."""
     with budget_of(budget):
-        plan = po.explain(shape.n, shape.d, shape.v, DTYPES[dtype], train_head=case.grads[1])
+        plan = po.explain(
+            *(shape.n, shape.d, shape.v, DTYPES[dtype]),
+            train_head=case.grads[1],
+            teacher=DTYPES[dtype] if "teacher" in case.floor else None,
+        )
     return {
         "chunks": plan.chunks,
         "chunk_rows": plan.chunk_rows,

@@ -73,6 +73,19 @@ def pieces(texts: list[str], tokenizer, length: int) -> Iterator[str]:
             yield text[offsets[i][0] : offsets[i + length - 1][1]]
 
 
+def long_pieces(texts: list[str], tokenizer, length: int) -> Iterator[str]:
+    """`pieces` of neighbouring files, for contexts that no one file fills: characters enough for
+    two of them.
+    """
+    wanted, joined, size = 16 * length, [], 0
+    for text in texts:
+        joined.append(text)
+        size += len(text)
+        if size >= wanted:
+            break
+    return pieces(["\n".join(joined)], tokenizer, length)
+
+
 def write_samples(path: Path, rows: list[str]) -> None:
     """JSONL with one `text` a row."""
     with path.open("w", encoding="utf-8") as file:

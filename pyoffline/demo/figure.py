@@ -1,8 +1,10 @@
-"""The demo's one figure: two loss curves, their difference, peak memory and step time.
+"""The figure of the demo's first part: two loss curves, their difference, peak memory and step
+time, and memory over the context length.
 
-Not here: any number that is not in the two runs' metrics.jsonl.
+Not here: any number that is not in the runs' metrics.jsonl or in the points of context.py.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -51,7 +53,8 @@ def summary(stock: Run, ours: Run) -> dict[str, float]:
     """
     differences = [abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)]
     return {
-        "first_loss": stock.losses[0],
+        "first_loss_stock": stock.losses[0],
+        "first_loss_pyoffline": ours.losses[0],
         "final_loss_stock": stock.losses[-1],
         "final_loss_pyoffline": ours.losses[-1],
         "max_difference": max(differences),
@@ -70,38 +73,57 @@ def summary(stock: Run, ours: Run) -> dict[str, float]:
     }
 
 
-def draw(stock: Run, ours: Run, subtitle: str, path: Path) -> None:
-    """Write the PNG."""
+STYLE = {
+    "font.size": 11,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+}
+
+
+@contextlib.contextmanager
+def styled():
+    """matplotlib.pyplot without a display, in the demo's style."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    numbers = summary(stock, ours)
-    style = {
-        "font.size": 11,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 12,
-        "axes.titleweight": "bold",
-        "axes.titlepad": 10,
-    }
-    with plt.rc_context(style):
-        fig = plt.figure(figsize=(12, 7.4), dpi=160, facecolor="white")
+    with plt.rc_context(STYLE):
+        yield plt
+
+
+def save(plt, fig, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def draw(stock: Run, ours: Run, subtitle: str, path: Path, contexts=((), 0)) -> None:
+    """Write the PNG. `contexts`: the points of context.py and their limit in MiB; without points
+    the panel is left out.
+    """
+    points, limit_mib = contexts
+    height = 11.2 if points else 7.4
+    inches = lambda x: x / height  # noqa: E731
+    with styled() as plt:
+        fig = plt.figure(figsize=(12, height), dpi=160, facecolor="white")
         grid = fig.add_gridspec(
-            2,
+            3 if points else 2,
             2,
             width_ratios=(1.75, 1),
             left=0.075,
             right=0.965,
-            top=0.815,
-            bottom=0.085,
+            top=1 - inches(1.37),
+            bottom=inches(0.63),
             hspace=0.42,
             wspace=0.2,
         )
@@ -109,11 +131,55 @@ def draw(stock: Run, ours: Run, subtitle: str, path: Path) -> None:
         _difference(fig.add_subplot(grid[1, 0]), stock, ours)
         _memory(fig.add_subplot(grid[0, 1]), stock, ours)
         _time(fig.add_subplot(grid[1, 1]), stock, ours)
-        fig.text(0.028, 0.945, title(numbers), fontsize=16, weight="bold", va="center")
-        fig.text(0.028, 0.9, subtitle, fontsize=10.5, color="#52606d", va="center")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path)
-        plt.close(fig)
+        if points:
+            _contexts(fig.add_subplot(grid[2, :]), points, limit_mib)
+        headline = title(summary(stock, ours))
+        fig.text(0.028, 1 - inches(0.41), headline, fontsize=16, weight="bold", va="center")
+        fig.text(0.028, 1 - inches(0.74), subtitle, fontsize=10.5, color="#52606d", va="center")
+        save(plt, fig, path)
+
+
+def _contexts(axis, points, limit_mib: int) -> None:
+    limit = limit_mib / 1024
+    axis.axhline(limit, color=INK, lw=1.4, ls=(0, (5, 3)))
+    lengths = sorted({p.length for p in points})
+    axis.text(lengths[0], limit * 1.02, f"limit of the process: {limit:g} GiB", va="bottom")
+    for name, colour in (("stock", STOCK), ("pyoffline", OURS)):
+        fits = [(p.length, p.peak_mib / 1024) for p in points if p.loss == name and p.fits]
+        misses = [p.length for p in points if p.loss == name and not p.fits]
+        if fits:
+            axis.plot(*zip(*fits, strict=True), color=colour, lw=2.4, marker="o", ms=7)
+            axis.annotate(
+                name,
+                fits[-1],
+                xytext=(0, -18),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                weight="bold",
+            )
+        for length in misses:
+            start = fits[-1:] or [(length, limit)]
+            axis.plot(*zip(*start, (length, limit), strict=True), color=colour, lw=1.6, ls=":")
+            axis.plot([length], [limit], color=colour, marker="X", ms=12, mec="white")
+            axis.annotate(
+                f"{name} does not fit",
+                (length, limit),
+                xytext=(0, 11),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                weight="bold",
+            )
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.25)
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.set_ylim(0, limit * 1.22)
+    axis.set_ylabel("peak memory (GiB)")
+    axis.set_xlabel("context length (tokens), one sequence a step")
+    axis.set_title("How much context fits: peak memory of a training process")
+    axis.grid(axis="y", color=GRID)
+    axis.set_axisbelow(True)
 
 
 def title(numbers: dict[str, float]) -> str:

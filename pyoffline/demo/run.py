@@ -1,208 +1,48 @@
-"""The demo, start to end: text, tokenizer, model, two trainings in fresh processes, one figure.
+"""The demo, both parts, and where everything is at the end.
 
-Each training is `pyoffline train CONFIG.yaml` in a process of its own, so its peak memory is its
-own. Both start from the same weights and see the same batches in the same order. Not here: the
-figure (figure.py), the text (corpus.py).
+Not here: the parts (numbers.py, learning.py).
 """
 
-import functools
-import json
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
+from pyoffline.demo.behaviour import LearningSettings
+from pyoffline.demo.learning import run_learning
+from pyoffline.demo.numbers import NumbersSettings, run_numbers
 
-from pyoffline.demo import corpus, figure
-
-TOKENIZER_BYTES = 6_000_000  # of source text: 32,000 entries in about 10 seconds
-KINDS = (("stock", "stock"), ("pyoffline", "fused"))
+PARTS = ("numbers", "learning", "all")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """The size of the demo. The head is most of it: 8.2 M of 11.6 M parameters."""
+    """`figures`: a folder for numbers.png and learning.png; None leaves them beside their data."""
 
     output: Path = Path("demo-output")
-    figure: Path | None = None  # None: demo.png in `output`
-    steps: int = 30
-    batch: int = 8
-    length: int = 512
-    hidden: int = 256
-    layers: int = 4
-    vocab: int = corpus.VOCAB
-    seed: int = 0
-    budget_mib: int = 128
+    figures: Path | None = None
+    part: str = "all"
+    numbers: NumbersSettings = field(default_factory=NumbersSettings)
+    learning: LearningSettings = field(default_factory=LearningSettings)
 
 
-def run_demo(settings: DemoSettings) -> Path:
-    """Run everything and return the figure's path. RuntimeError when one of the two trainings
-    fails.
-    """
-    start = time.perf_counter()
-    settings = replace(settings, output=settings.output.resolve())
-    settings.output.mkdir(parents=True, exist_ok=True)
-    say = functools.partial(print, flush=True)  # between the output of the child processes
-    say(f"[1/4] text and tokenizer ({settings.vocab:,} entries) from Python's standard library")
-    prepare_data(settings)
-    say("[2/4] a small Llama with random weights")
-    n_parameters = prepare_model(settings)
-    for number, (name, loss) in enumerate(KINDS, 3):
-        kind = "the stock loss" if loss == "stock" else "pyoffline"
-        say(f"[{number}/4] {settings.steps} steps with {kind}")
-        train(settings, name, loss)
-    runs = [figure.Run.read(settings.output / name / "metrics.jsonl") for name, _ in KINDS]
-    path = settings.figure or settings.output / "demo.png"
-    figure.draw(*runs, subtitle(settings, n_parameters), path)
-    numbers = figure.summary(*runs)
-    report = settings.output / "demo.json"
-    settings_text = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
-    report.write_text(json.dumps(numbers | {"settings": settings_text}, indent=1), encoding="utf-8")
-    _say(numbers, settings, path, report, time.perf_counter() - start)
-    return path
+def run_demo(settings: DemoSettings) -> list[Path]:
+    """Run the parts that were asked for; returns the paths of their figures."""
+    made = []
+    for name, run in (("numbers", run_numbers), ("learning", run_learning)):
+        if settings.part not in (name, "all"):
+            continue
+        figure = settings.figures and settings.figures / f"{name}.png"
+        before = _processor_s()
+        print(f"\n=== {name} ===", flush=True)
+        part = replace(getattr(settings, name), output=settings.output / name, figure=figure)
+        made.append(run(part))
+        print(f"processor time {_processor_s() - before:.0f} s", flush=True)
+    print("\nfigures")
+    for path in made:
+        print(f"  {path.resolve()}")
+    return made
 
 
-def prepare_data(settings: DemoSettings) -> None:
-    """tokenizer/ and train.jsonl in the output folder; rows are `length` tokens long, drawn by the
-    seed.
-    """
-    import random
-
-    texts = corpus.read_texts(corpus.source_files(), TOKENIZER_BYTES)
-    random.Random(settings.seed).shuffle(texts)  # noqa: S311 (an order, not a secret)
-    tokenizer = corpus.train_tokenizer(texts, settings.output / "model", settings.vocab)
-    wanted = settings.steps * settings.batch
-    rows = []
-    for piece in corpus.pieces(texts, tokenizer, settings.length):
-        rows.append(piece)
-        if len(rows) == wanted:
-            break
-    if len(rows) < wanted:
-        raise ValueError(
-            f"{len(rows)} pieces of text, {wanted} are needed; fewer steps, or a smaller batch"
-        )
-    corpus.write_samples(settings.output / "train.jsonl", rows)
-
-
-def prepare_model(settings: DemoSettings) -> int:
-    """A Llama with random weights in the output folder, beside its tokenizer. Returns its number of
-    parameters.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=settings.vocab,
-        hidden_size=settings.hidden,
-        intermediate_size=3 * settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=max(settings.hidden // 64, 1),
-        num_key_value_heads=max(settings.hidden // 64, 1),
-        max_position_embeddings=settings.length,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(settings.output / "model")
-    return sum(p.numel() for p in model.parameters())
-
-
-def write_config(settings: DemoSettings, name: str, loss: str) -> Path:
-    """CONFIG.yaml of one run; the two differ in `loss` and in the output folder."""
-    config = {
-        "model": str(settings.output / "model"),
-        "data": {
-            "train": str(settings.output / "train.jsonl"),
-            "max_length": settings.length,
-            "too_long": "truncate",
-            "append_eos": False,
-        },
-        "objective": {"name": "nll"},
-        "loss": loss,
-        "trainer": {
-            "output_dir": str(settings.output / name),
-            "per_device_train_batch_size": settings.batch,
-            "max_steps": settings.steps,
-            "learning_rate": 1e-3,
-            "warmup_steps": max(settings.steps // 10, 1),
-            "lr_scheduler_type": "cosine",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "dataloader_pin_memory": False,
-            "seed": settings.seed,
-            "memory_budget_mib": settings.budget_mib,
-            "use_cpu": True,
-        },
-    }
-    path = settings.output / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return path
-
-
-def train(settings: DemoSettings, name: str, loss: str) -> None:
-    """`pyoffline train` in a fresh process; its progress bar goes to this terminal."""
-    metrics = settings.output / name / "metrics.jsonl"
-    metrics.unlink(missing_ok=True)
-    path = write_config(settings, name, loss)
-    command = [sys.executable, "-m", "pyoffline", "train", str(path), "--quiet"]
-    # our own interpreter and module
-    code = subprocess.run(command, check=False).returncode  # noqa: S603
-    if code != 0:
-        raise RuntimeError(f"the {name} run ended with exit code {code}: {' '.join(command)}")
-
-
-def subtitle(settings: DemoSettings, n_parameters: int) -> str:
-    tokens = settings.batch * settings.length
-    return (
-        f"Llama, {n_parameters / 1e6:.1f} M random parameters, vocabulary {settings.vocab:,}; "
-        f"{tokens:,} tokens of Python source a step; CPU, fp32; same seed, same batches"
-    )
-
-
-def _say(numbers: dict, settings: DemoSettings, path: Path, report: Path, seconds: float) -> None:
-    rows = (
-        ("loss, first step", numbers["first_loss"], None, ".4f"),
-        ("loss, last step", numbers["final_loss_stock"], numbers["final_loss_pyoffline"], ".6f"),
-        (
-            "step time (s, median)",
-            numbers["step_time_stock_s"],
-            numbers["step_time_pyoffline_s"],
-            ".2f",
-        ),
-        (
-            "  processor time / threads",
-            numbers["step_cpu_stock_s"],
-            numbers["step_cpu_pyoffline_s"],
-            ".2f",
-        ),
-        ("peak memory (MiB)", numbers["peak_stock_mib"], numbers["peak_pyoffline_mib"], ",.0f"),
-        (
-            "  of which added by steps",
-            numbers["step_memory_stock_mib"],
-            numbers["step_memory_pyoffline_mib"],
-            ",.0f",
-        ),
-    )
-    print(f"\n{'':28}{'stock':>14}{'pyoffline':>14}")
-    for label, stock, ours, form in rows:
-        second = "" if ours is None else format(ours, form)
-        print(f"{label:28}{format(stock, form):>14}{second:>14}")
-    if numbers["busy"]:
-        print(
-            "other programs were busy on this machine: wall clocks say little, so the figure shows"
-        )
-        print("processor time over threads")
-    print(f"largest difference of the two losses at one step: {numbers['max_difference']:.1e}\n")
-    print(figure.title(numbers))
-    print(f"figure       {path}\nnumbers      {report}")
-    for name, _ in KINDS:
-        print(f"metrics      {settings.output / name / 'metrics.jsonl'}")
-        print(f"checkpoint   {settings.output / name / 'final'}")
-    print(f"took {seconds:.0f} s")
+def _processor_s() -> float:
+    """User and system time of this process and of its children that ended."""
+    return sum(os.times()[:4])

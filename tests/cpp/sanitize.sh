@@ -12,6 +12,8 @@ cpu=$here/../../csrc/cpu
 CXX=${CXX:-g++}
 
 declare -A isa_flags=(
+  [distill_avx2]="-mavx2 -mfma -mf16c"
+  [distill_avx512]="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
   [row_pass_avx2]="-mavx2 -mfma -mf16c"
   [row_pass_avx512]="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 )

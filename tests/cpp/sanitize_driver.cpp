@@ -16,6 +16,7 @@
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/gemm.h"
 #include "../../csrc/cpu/half_bits.h"
+#include "../../csrc/distill_args.h"
 
 namespace {
 
@@ -152,40 +153,100 @@ void draw_outputs(Rng& rng, Memory& memory, RowArgs& args) {
   }
 }
 
-void one_row_pass(Rng& rng, int64_t vocab, int threads) {
+// A drawn call of row_pass and everything that it points into.
+struct RowDraw {
   Memory memory;
   RowArgs args{};
-  const int64_t rows = rng.below(40);
-  args.rows = rows;
-  args.vocab = vocab;
-  args.logits_type = kTypes[rng.below(3)];
-  args.logits_stride = rng.chance(10) ? 0 : vocab + rng.below(5);
-  args.logits = memory.matrix(rng, args.logits_type, rows, vocab, args.logits_stride);
-  int64_t* labels = memory.make<int64_t>(rows);
-  for (int64_t i = 0; i < rows; ++i) labels[i] = rng.chance(15) ? -100 : rng.below(vocab);
-  args.labels = labels;
-  args.ignore_index = -100;
-  args.bias = memory.maybe(rng, vocab);
-  args.class_weight = memory.maybe(rng, vocab);
-  args.temperature = memory.maybe(rng, rows);
-  args.softcap = rng.chance(30) ? 10.0f : 0.0f;
-  args.logit_scale = rng.chance(30) ? -0.7f : 1.0f;
-  args.uniform_temperature = 1.3f;
-  args.grad_scale = 2.0f;
-  args.weights = memory.maybe(rng, rows);
-  args.old = memory.floats(rng, rows);
-  args.mu = memory.floats(rng, rows);
-  args.ref = memory.floats(rng, rows);
-  args.adv = memory.maybe(rng, rows);
-  const float* extras[2] = {memory.floats(rng, rows), memory.floats(rng, rows)};
-  args.extras = extras;
-  args.n_extras = static_cast<int32_t>(rng.below(3));
   std::vector<Term> terms;
-  if (rng.chance(70)) draw_program(rng, args, terms);
-  if (!args.n_terms) args.coefs = memory.floats(rng, 4 * rows);
-  draw_outputs(rng, memory, args);
-  args.threads = threads;
-  row_pass(args);
+  const float* extras[2];
+
+  RowDraw(Rng& rng, int64_t vocab, int threads) {
+    const int64_t rows = rng.below(40);
+    args.rows = rows;
+    args.vocab = vocab;
+    args.logits_type = kTypes[rng.below(3)];
+    args.logits_stride = rng.chance(10) ? 0 : vocab + rng.below(5);
+    args.logits = memory.matrix(rng, args.logits_type, rows, vocab, args.logits_stride);
+    int64_t* labels = memory.make<int64_t>(rows);
+    for (int64_t i = 0; i < rows; ++i) labels[i] = rng.chance(15) ? -100 : rng.below(vocab);
+    args.labels = labels;
+    args.ignore_index = -100;
+    args.bias = memory.maybe(rng, vocab);
+    args.class_weight = memory.maybe(rng, vocab);
+    args.temperature = memory.maybe(rng, rows);
+    args.softcap = rng.chance(30) ? 10.0f : 0.0f;
+    args.logit_scale = rng.chance(30) ? -0.7f : 1.0f;
+    args.uniform_temperature = 1.3f;
+    args.grad_scale = 2.0f;
+    args.weights = memory.maybe(rng, rows);
+    args.old = memory.floats(rng, rows);
+    args.mu = memory.floats(rng, rows);
+    args.ref = memory.floats(rng, rows);
+    args.adv = memory.maybe(rng, rows);
+    for (const float*& extra : extras) extra = memory.floats(rng, rows);
+    args.extras = extras;
+    args.n_extras = static_cast<int32_t>(rng.below(3));
+    if (rng.chance(70)) draw_program(rng, args, terms);
+    if (!args.n_terms) args.coefs = memory.floats(rng, 4 * rows);
+    draw_outputs(rng, memory, args);
+    args.threads = threads;
+  }
+};
+
+void one_row_pass(Rng& rng, int64_t vocab, int threads) {
+  const RowDraw draw(rng, vocab, threads);
+  row_pass(draw.args);
+}
+
+// The teacher's side of a drawn call: logits of its own head, or a top-k with ascending ids.
+void draw_teacher(Rng& rng, Memory& memory, DistillArgs& args) {
+  const int64_t rows = args.row.rows, vocab = args.row.vocab;
+  RowArgs& teacher = args.teacher;
+  teacher.rows = rows;
+  teacher.vocab = vocab;
+  teacher.labels = args.row.labels;
+  teacher.weights = args.row.weights;
+  teacher.ignore_index = args.row.ignore_index;
+  teacher.logit_scale = rng.chance(30) ? -0.7f : 1.0f;
+  teacher.uniform_temperature = 0.8f;
+  if (rng.chance(60)) {
+    teacher.logits_type = kTypes[rng.below(3)];
+    teacher.logits_stride = rng.chance(10) ? 0 : vocab + rng.below(5);
+    teacher.logits = memory.matrix(rng, teacher.logits_type, rows, vocab, teacher.logits_stride);
+    teacher.bias = memory.maybe(rng, vocab);
+    teacher.softcap = rng.chance(30) ? 10.0f : 0.0f;
+    return;
+  }
+  args.k = 1 + rng.below(vocab < 40 ? vocab : 40);
+  int64_t* ids = memory.make<int64_t>(rows * args.k);
+  float* logps = memory.floats(rng, rows * args.k);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t room = vocab / args.k, first = rng.below(room + vocab % args.k);
+    for (int64_t j = 0; j < args.k; ++j) ids[i * args.k + j] = first % room + j * room;
+  }
+  args.topk_ids = ids;
+  args.topk_logps = logps;
+  args.topk_tail = memory.floats(rng, rows);
+}
+
+void one_distill(Rng& rng, int64_t vocab, int threads) {
+  RowDraw draw(rng, vocab, threads);
+  DistillArgs args{};
+  draw.args.class_weight = nullptr;
+  args.row = draw.args;
+  draw_teacher(rng, draw.memory, args);
+  DivergenceTerm terms[kMaxDivergences];
+  args.n_divergences = 1 + static_cast<int32_t>(rng.below(kMaxDivergences));
+  for (int32_t k = 0; k < args.n_divergences; ++k) {
+    const int32_t gate = static_cast<int32_t>(rng.below(args.row.n_extras + 1)) - 1;
+    const int32_t code = 1 + static_cast<int32_t>(rng.below(alpha_divergence_code));
+    terms[k] = {code, gate, rng.value(), 0.1 + 0.2 * static_cast<double>(rng.below(4))};
+  }
+  args.divergences = terms;
+  args.values = draw.memory.make<float>(args.n_divergences * args.row.rows);
+  args.teacher_entropy = draw.memory.make<float>(args.row.rows);
+  args.top1_agreement = draw.memory.make<uint8_t>(args.row.rows);
+  distill_row_pass(args);
 }
 
 void one_array_call(Rng& rng, int threads) {
@@ -239,6 +300,7 @@ void run_all(uint32_t seed, int calls, int threads) {
   const int64_t edges[] = {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 1023, 4097};
   for (int i = 0; i < calls; ++i) {
     one_row_pass(rng, rng.chance(70) ? edges[rng.below(17)] : 1 + rng.below(3000), threads);
+    one_distill(rng, rng.chance(70) ? edges[rng.below(17)] : 1 + rng.below(3000), threads);
     if (i % 4 == 0) one_array_call(rng, threads);
   }
 }
@@ -261,7 +323,7 @@ int main(int argc, char** argv) {
   Rng rng(9);
   for (DType type : kTypes)
     for (int64_t vocab : {1, 1023, 1024, 1025, 2047, 2048, 2049, 4097}) one_gemm(rng, type, vocab);
-  std::printf("sanitize_driver: %d calls on each of %d paths, %d products\n", 3 * calls,
+  std::printf("sanitize_driver: %d calls on each of %d paths, %d products\n", 6 * calls,
               (int)isas().size(), fake_gemm_calls);
   return fake_gemm_calls > 0 ? 0 : 1;
 }

@@ -1,0 +1,57 @@
+"""Launch configurations, fixed: no autotune anywhere, so the same bits on every run (PROMISES N9).
+
+A thread of the row pass holds two groups of 16 bytes per tile: 32 bytes in flight, 16 bf16 or 8
+fp32 values. Not measured yet on a device: chosen from the register limit (64 per thread at 1,024
+threads), the 16-byte load, and the L2 rule of README.md; `make triton-table` prints what the
+compiler makes of them and tests/test_triton_compile.py keeps that table.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+GROUPS_PER_THREAD = 4
+# (largest vocabulary, warps of 32 threads, programs that one SM holds at 64 registers a thread)
+ROW_WARPS = ((4096, 4, 4), (None, 16, 1))
+# Part of L2 that the rows in flight may fill: the rest is for weights, bias and the other stream.
+L2_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """lanes x group logits per tile; `per_sm` programs fit on one multiprocessor."""
+
+    lanes: int
+    group: int
+    warps: int
+    per_sm: int
+
+
+def row_config(vocab: int, itemsize: int, warp_size: int = 32) -> RowConfig:
+    """Tile and warps for rows of this many logits of this many bytes."""
+    warps, per_sm = next((w, p) for limit, w, p in ROW_WARPS if limit is None or vocab <= limit)
+    threads = 32 * warps
+    return RowConfig(GROUPS_PER_THREAD * threads, 16 // itemsize, threads // warp_size, per_sm)
+
+
+def programs_in_flight(row_nbytes: int, config: RowConfig, sms: int, l2_nbytes: int) -> int:
+    """As many rows at once as L2 keeps for their second sweep, at least one per multiprocessor."""
+    fit = int(L2_SHARE * l2_nbytes / max(1, row_nbytes))
+    return max(sms, min(fit, sms * config.per_sm))
+
+
+def bytes_per_logit(vocab: int, itemsize: int, sms: int, l2_nbytes: int, warp_size=32) -> float:
+    """Memory traffic of the row pass in place: one read, one write, and what L2 loses between."""
+    row_nbytes = vocab * itemsize
+    config = row_config(vocab, itemsize, warp_size)
+    rows = programs_in_flight(row_nbytes, config, sms, l2_nbytes)
+    lost = max(0.0, 1.0 - L2_SHARE * l2_nbytes / (rows * row_nbytes))
+    return itemsize * (2.0 + lost)
+
+
+@cache
+def device_limits(index: int) -> tuple[int, int, int]:
+    """(multiprocessors, bytes of L2, threads of a warp) of a GPU."""
+    p = torch.cuda.get_device_properties(index)
+    return p.multi_processor_count, p.L2_cache_size, p.warp_size

@@ -1,0 +1,337 @@
+"""Row pass: softmax statistics, the objective and the gradient of C rows of V logits, one kernel.
+
+Per row: `row_sums` (first sweep), statistics, `evaluate_program` (or given coefficients), then
+dlogits_v = damp_v (e_v (from_p - from_pt (y_v - m)) - from_u u_v) in a second sweep that finds the
+row in L2; dlogits may start where the row starts, also in a narrower type. A program works through
+rows pid, pid + programs, ...; the number of programs keeps the rows in flight within L2, and no
+result depends on it. Traffic, configurations: README.md, configs.py. Not here: GEMMs, compaction,
+reductions over rows, fp64.
+
+Hyper-parameters are runtime scalars. Row offsets are 64-bit. A row that does not count is never
+read. A label outside [0, V) is never an address: its row becomes NaN and `flag` is set.
+"""
+
+import triton
+import triton.language as tl
+
+from pyoffline.kernels.configs import row_config
+from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
+from pyoffline.kernels.objective_functions import evaluate_program, product
+from pyoffline.kernels.row_sums import LOG2_E, bent, load_u, load_y, places, sum_row
+from pyoffline.kernels.scalar_ops import exp, expm1, log1p
+from pyoffline.objectives import TABLE
+
+NAN: tl.constexpr = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def load_or(ptr, row, other):
+    """A row input, or a constant where it is not given."""
+    if ptr is None:
+        value = other
+    else:
+        value = tl.load(ptr + row)
+    return value
+
+
+@triton.jit
+def store_if(ptr, row, value):
+    """A row output that may not be wanted."""
+    if ptr is not None:
+        tl.store(ptr + row, value)
+
+
+@triton.jit
+def statistics(sums, slope, y_label, vocab, sum_u):
+    """(d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t) of a row."""
+    m, ones, tail, s, squares, ut = sums
+    d = ones + tail
+    log_d = tl.where(d == 0.0, NAN, log1p(ones - 1.0 + tail))
+    t_label = (y_label - m) * slope
+    mean_t = s * slope / d
+    logp = t_label - log_d
+    logp = tl.where(logp > 0.0, 0.0, logp)
+    entropy = log_d - mean_t
+    lse = m * slope + log_d
+    gap = (log_d * sum_u - ut * slope) / vocab
+    log_sum_p2 = log1p(ones - 1.0 + squares) - 2.0 * log_d
+    is_top1 = (t_label >= 0.0) & (d == d)
+    return d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t
+
+
+@triton.jit
+def gradient_constants(coefs, stats, factor, vocab, mean_u, u_label, damp_label):
+    """(from_p, from_pt, from_u, at_label): what the second sweep multiplies with, csrc/row_pass.h."""
+    a, b, c, e = coefs
+    d, logp, t_label, mean_t = stats
+    common = c + product(e, mean_u) + product(b, tl.where(b == 0.0, 0.0, mean_t))
+    from_p = factor * (common - a) / d
+    from_pt = factor * b / d
+    from_u = factor * e / vocab
+    p = exp(logp)
+    label = product(a, -expm1(logp)) + product(p, common)
+    label -= tl.where(p == 0.0, 0.0, product(b, p * t_label))
+    label -= product(e, u_label) / vocab
+    return from_p, from_pt, from_u, product(factor * label, damp_label)
+
+
+@triton.jit
+def gradient_tile(
+    x_ptr, g_ptr, base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
+    sign, inner, slope2,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
+    NARROWS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of dlogits."""
+    from_p, from_pt, from_u, at_label, at_zero = constants
+    offs, mask = places(base, vocab, GROUP, WHOLE)
+    y = load_y(
+        x_ptr, base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, WHOLE
+    )  # fmt: skip
+    dy = y - sums[0]
+    e = tl.exp2(dy * slope2)
+    if WANT_PT:
+        scaled = e * (from_p - from_pt * dy)
+    else:
+        scaled = e * from_p
+    dz = tl.where(e == 0.0, at_zero, scaled)
+    if WANT_U:
+        u = load_u(class_weight_ptr, base, vocab, True, MASKED, GROUP, WHOLE)
+        dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
+    if BENDS:
+        damp = 1.0 - y * y
+        dz = tl.where(damp == 0.0, tl.where(dz == dz, 0.0, dz), dz * damp)
+    dz = tl.where(offs == label, at_label, dz).to(g_ptr.dtype.element_ty)
+    if NARROWS:  # the tile's gradient lies over logits of this tile: all are read before
+        tl.debug_barrier()
+    if MASKED:
+        tl.store(g_ptr + offs, dz, mask=mask)
+    else:
+        tl.store(g_ptr + offs, dz)
+
+
+@triton.jit
+def gradient_row(
+    x_ptr, g_ptr, label, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
+    NARROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Second sweep of a row, tiles in ascending order."""
+    BLOCK: tl.constexpr = LANES * GROUP
+    base = tl.arange(0, LANES)[:, None] * GROUP
+    full = (vocab // BLOCK) * BLOCK
+    for start in range(0, full, BLOCK):
+        gradient_tile(
+            x_ptr, g_ptr, start + base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
+            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False, GROUP,
+            WHOLE,
+        )  # fmt: skip
+    if full < vocab:
+        gradient_tile(
+            x_ptr, g_ptr, full + base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
+            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP,
+            WHOLE,
+        )  # fmt: skip
+
+
+@triton.jit
+def zero_row(
+    g_ptr, vocab, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """An exact 0 over the row, whatever it held."""
+    BLOCK: tl.constexpr = LANES * GROUP
+    zero = tl.zeros([LANES, GROUP], g_ptr.dtype.element_ty)
+    for start in range(0, vocab, BLOCK):
+        base = start + tl.arange(0, LANES)[:, None] * GROUP
+        offs, mask = places(base, vocab, GROUP, WHOLE)
+        tl.store(g_ptr + offs, zero, mask=mask)
+
+
+@triton.jit
+def write_row(outputs, row, stride_coefs, stats, loss, coefs):
+    """The row's outputs: loss, logps, entropy, lse, log_sum_p2, is_top1, gap, coefs [4, .]."""
+    logp, entropy, lse, log_sum_p2, is_top1, gap = stats
+    store_if(outputs[0], row, loss)
+    store_if(outputs[1], row, logp)
+    store_if(outputs[2], row, entropy)
+    store_if(outputs[3], row, lse)
+    store_if(outputs[4], row, log_sum_p2)
+    store_if(outputs[5], row, is_top1)
+    store_if(outputs[6], row, gap)
+    if outputs[7] is not None:
+        for i in tl.static_range(4):
+            tl.store(outputs[7] + i * stride_coefs + row, coefs[i])
+
+
+@triton.jit
+def load_coefs(coefs_ptr, row, stride_coefs):
+    """Given (a, b, c, e) of a row."""
+    if coefs_ptr is None:
+        coefs = (0.0, 0.0, 0.0, 0.0)
+    else:
+        coefs = (
+            tl.load(coefs_ptr + row),
+            tl.load(coefs_ptr + stride_coefs + row),
+            tl.load(coefs_ptr + 2 * stride_coefs + row),
+            tl.load(coefs_ptr + 3 * stride_coefs + row),
+        )
+    return coefs
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_logits", "stride_dlogits", "n_rows", "vocab", "ignore_index", "stride_coefs",
+    ]
+)  # fmt: skip
+def row_pass_kernel(
+    logits_ptr, dlogits_ptr, stride_logits, stride_dlogits, n_rows, vocab,
+    labels_ptr, ignore_index, weights_ptr, given_ptrs, gate_ptrs, coefs_ptr,
+    temperature_ptr, bias_ptr, class_weight_ptr, sum_u_ptr, grad_scale_ptr, head, hyper,
+    outputs, stride_coefs, flag_ptr,
+    CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
+    WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
+    UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Strides in units of UNIT elements, so that the compiler knows the alignment of every row.
+    head: softcap, logit_scale, temperature.
+    """
+    HAS_GRAD: tl.constexpr = dlogits_ptr is not None
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        label = tl.load(labels_ptr + row)
+        weight = load_or(weights_ptr, row, 1.0)
+        coefs = load_coefs(coefs_ptr, row, stride_coefs)
+        counted = (label != ignore_index) & (weight != 0.0)
+        if coefs_ptr is not None:
+            a, b, c, e = coefs
+            counted = counted & ((a != 0.0) | (b != 0.0) | (c != 0.0) | (e != 0.0))
+        x_ptr = logits_ptr + tl.cast(row, tl.int64) * stride_logits * UNIT
+        if HAS_GRAD:
+            g_ptr = dlogits_ptr + tl.cast(row, tl.int64) * stride_dlogits * UNIT
+        if counted:
+            run_row(
+                x_ptr, g_ptr if HAS_GRAD else None, row, label, weight, coefs, vocab,
+                given_ptrs, gate_ptrs, temperature_ptr, bias_ptr, class_weight_ptr, sum_u_ptr,
+                grad_scale_ptr, head, hyper, outputs, stride_coefs, flag_ptr, coefs_ptr is not None,
+                CODES, BENDS, SIGNED, WANT_PT, WANT_U, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
+            )  # fmt: skip
+        else:
+            zeros = (0.0, 0.0, 0.0, 0.0)
+            write_row(outputs, row, stride_coefs, (0.0, 0.0, 0.0, 0.0, False, 0.0), 0.0, zeros)
+            if HAS_GRAD:
+                zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
+
+
+@triton.jit
+def run_row(
+    x_ptr, g_ptr, row, label, weight, coefs, vocab, given_ptrs, gate_ptrs, temperature_ptr,
+    bias_ptr, class_weight_ptr, sum_u_ptr, grad_scale_ptr, head, hyper, outputs, stride_coefs,
+    flag_ptr, GIVEN: tl.constexpr, CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
+    WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One row that counts."""
+    softcap, scale, uniform = head
+    temperature = load_or(temperature_ptr, row, uniform)
+    sign = tl.where(scale / temperature < 0.0, -1.0, 1.0)
+    inner = 0.0
+    slope = tl.abs(scale / temperature)
+    if BENDS:
+        inner = tl.abs(scale) / softcap
+        slope = softcap / tl.abs(temperature)
+    slope2 = slope * LOG2_E
+
+    is_bad = (label < 0) | (label >= vocab)
+    at = tl.where(is_bad, 0, label).to(tl.int32)
+    poison = tl.where(is_bad, NAN, 0.0)
+    if is_bad:
+        low = tl.minimum(tl.maximum(label, -(1 << 31)), (1 << 31) - 1)
+        tl.store(flag_ptr + 1, low * (1 << 32) + row)
+        tl.store(flag_ptr, 1)
+
+    sums = sum_row(
+        x_ptr, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
+        BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
+    )  # fmt: skip
+    bias_label = load_or(bias_ptr, at, 0.0)
+    x_label = tl.load(x_ptr + at).to(tl.float32)
+    y_label = bent(x_label, bias_label, sign, inner, bias_ptr is not None, BENDS, SIGNED) + poison
+    sum_u = load_or(sum_u_ptr, 0, vocab * 1.0)
+    d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t = statistics(
+        sums, slope, y_label, vocab, sum_u
+    )
+    loss = 0.0
+    if GIVEN:
+        a, b, c, e = coefs
+        a += poison
+    else:
+        given = (
+            load_or(given_ptrs[0], row, NAN) + poison,
+            load_or(given_ptrs[1], row, NAN) + poison,
+            load_or(given_ptrs[2], row, NAN) + poison,
+            load_or(given_ptrs[3], row, 1.0) + poison,
+        )
+        gates = ()
+        for k in tl.static_range(len(gate_ptrs)):
+            gates = gates + (tl.load(gate_ptrs[k] + row),)
+        scalars = (logp, entropy + poison, lse + poison, gap + poison)
+        loss, a, b, c, e = evaluate_program(scalars, given, gates, hyper, CODES)
+    stats = (logp, entropy + poison, lse + poison, log_sum_p2 + poison, is_top1, gap + poison)
+    write_row(outputs, row, stride_coefs, stats, loss, (a, b, c, e))
+    if g_ptr is not None:
+        if (a == 0.0) & (b == 0.0) & (c == 0.0) & (e == 0.0):
+            zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
+        else:
+            factor = weight * load_or(grad_scale_ptr, 0, 1.0) * scale / temperature
+            u_label = load_or(class_weight_ptr, at, 1.0)
+            damp_label = 1.0 - y_label * y_label if BENDS else 1.0
+            from_p, from_pt, from_u, at_label = gradient_constants(
+                (a, b, c, e), (d, logp, t_label, mean_t), factor, vocab, sum_u / vocab, u_label,
+                damp_label,
+            )  # fmt: skip
+            is_nan = (from_p != from_p) | (from_pt != from_pt) | (from_u != from_u)
+            at_zero = tl.where(is_nan, NAN, 0.0)
+            at_label = tl.where(is_nan, NAN, at_label)
+            constants = (from_p, from_pt * slope, from_u, at_label, at_zero)
+            gradient_row(
+                x_ptr, g_ptr, at, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner,
+                slope2, BENDS, SIGNED, WANT_PT, WANT_U,
+                g_ptr.dtype.element_ty.primitive_bitwidth < x_ptr.dtype.element_ty.primitive_bitwidth,
+                LANES, GROUP, WHOLE,
+            )  # fmt: skip
+
+
+def row_pass(logits, dlogits, rows, outputs, flag, grad_scale=None, config=None):
+    """Run the kernel. logits [C, V], unit stride in V; dlogits [C, V] or None (may start where
+    logits starts); rows: calls.Rows; outputs: (loss, logps, entropy, lse, log_sum_p2, is_top1
+    uint8, gap, coefs [4, C]), None where not wanted; flag: int64 [2], (set, value * 2^32 + row);
+    grad_scale: fp32 scalar on the device, or None for 1.
+    """
+    count, vocab = logits.shape
+    if count == 0:
+        return
+    config = config or row_config(vocab, logits.element_size(), warp_size(logits.device))
+    terms = rows.codes[0::3]
+    given = rows.coefs is not None
+    reads_entropy, reads_gap = TABLE["entropy_term"].code in terms, TABLE["smoothing"].code in terms
+    sum_u = None if rows.class_weight is None else rows.class_weight.sum().reshape(1)
+    unit = alignment(logits, dlogits)
+    head = rows.head
+    coefs_out = outputs[7]
+    strides = {x.stride(0) for x in (rows.coefs, coefs_out) if x is not None}
+    assert len(strides) <= 1, "given coefs and coefs written in one call"
+    negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
+    with device_of(logits):
+        row_pass_kernel[(row_programs(logits, config),)](
+            logits, dlogits, logits.stride(0) // unit,
+            0 if dlogits is None else dlogits.stride(0) // unit, count, vocab,
+            rows.labels, rows.ignore_index, rows.weights, (rows.old, rows.mu, rows.ref, rows.adv),
+            tuple(rows.extras.values()), rows.coefs, rows.temperature, rows.bias, rows.class_weight,
+            sum_u, grad_scale, (head.softcap, head.logit_scale, head.temperature),
+            () if rows.hyper is None else tuple(rows.hyper.float().flatten().tolist()),
+            outputs, strides.pop() if strides else 0, flag,
+            CODES=tuple(rows.codes), BENDS=head.softcap != 0, SIGNED=negative,
+            WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
+            WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
+            UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,
+            num_warps=config.warps,
+        )  # fmt: skip

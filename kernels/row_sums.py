@@ -1,0 +1,180 @@
+"""First sweep of a row: the softmax sums of V logits by one program, each logit read once.
+
+A tile is [LANES, GROUP]: a lane's GROUP neighbours are one 16-byte load of one thread, so the
+running maximum and the rescaling happen per group, inside a thread, with no barrier. Sums have
+three levels (group, lane over tiles, lanes), so an error does not grow with V. The lane that holds
+the maximum is summed again without it: log d = log1p(ones - 1 + tail) keeps every bit of a
+confident row (csrc/row_pass.h has the same split).
+
+Coordinates: y = sign * (x + bias), or sign * tanh(inner * (x + bias)) under a softcap, ordered as
+z = slope * y with slope > 0; t = slope * (y - m). Not here: statistics, objectives, gradients.
+"""
+
+import triton
+import triton.language as tl
+
+from pyoffline.kernels.scalar_ops import tanh
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Below every logit that is not -inf, and finite: -inf minus this is -inf, not NaN.
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+LANE_ROUND: tl.constexpr = tl.constexpr(32)  # groups of one lane read at a time
+
+
+@triton.jit
+def bent(x, bias, sign, inner, HAS_BIAS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr):
+    """y of fp32 logits."""
+    y = x
+    if HAS_BIAS:
+        y = y + bias
+    if BENDS:
+        y = tanh(y * inner)
+    if SIGNED:
+        y = y * sign
+    return y
+
+
+@triton.jit
+def places(base, vocab, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+    """(offsets [R, GROUP], mask) of the groups that start at base [R, 1]. WHOLE: V is a multiple of
+    GROUP, so a group is inside or outside as a whole and stays one 16-byte access.
+    """
+    offs = base + tl.arange(0, GROUP)[None, :]
+    if WHOLE:
+        mask = base < vocab
+    else:
+        mask = offs < vocab
+    return offs, mask
+
+
+@triton.jit
+def load_y(
+    row_ptr, base, vocab, bias_ptr, sign, inner,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
+    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """y of the groups that start at base [R, 1], -inf past the row's end."""
+    offs, mask = places(base, vocab, GROUP, WHOLE)
+    bias = 0.0
+    if MASKED:
+        x = tl.load(row_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs, mask=mask, other=0.0)
+        y = bent(x, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
+        y = tl.where(mask, y, float("-inf"))
+    else:
+        x = tl.load(row_ptr + offs).to(tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs)
+        y = bent(x, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
+    return y
+
+
+@triton.jit
+def load_u(
+    class_weight_ptr, base, vocab,
+    WANTED: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Class weights there, or 1; 0 past the end, and where nobody wants them."""
+    offs, mask = places(base, vocab, GROUP, WHOLE)
+    if not WANTED:
+        u = 0.0
+    elif class_weight_ptr is not None:
+        if MASKED:
+            u = tl.load(class_weight_ptr + offs, mask=mask, other=0.0)
+        else:
+            u = tl.load(class_weight_ptr + offs)
+    elif MASKED:
+        u = tl.where(offs < vocab, 1.0, 0.0)
+    else:
+        u = tl.where(offs >= 0, 1.0, 0.0)
+    return u
+
+
+@triton.jit
+def fold(y, u, state, slope2, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr):
+    """Add a tile to the lanes' (m, d, s, q, ut, us): the maximum of y, sum e, sum e (y - m), sum
+    e^2, sum u (y - m), sum u.
+    """
+    m, d, s, q, ut, us = state
+    top = tl.max(y, axis=1)
+    m_new = tl.where(top > m, top, m)  # a NaN is no maximum; it shows in d
+    step = tl.where(d == 0.0, 0.0, m - m_new)
+    r = tl.exp2(step * slope2)
+    t = y - m_new[:, None]
+    e = tl.exp2(t * slope2)
+    s = tl.where(r == 0.0, 0.0, (s + d * step) * r)
+    s = s + tl.sum(tl.where(e == 0.0, 0.0, e * t), axis=1)
+    d = d * r + tl.sum(e, axis=1)
+    if WANT_P2:
+        q = q * r * r + tl.sum(e * e, axis=1)
+    if WANT_GAP:
+        ut = ut + us * step + tl.sum(tl.where(u == 0.0, 0.0, u * t), axis=1)
+        us = us + tl.sum(u, axis=1)
+    return m_new, d, s, q, ut, us
+
+
+@triton.jit
+def sum_lane(
+    row_ptr, lane, vocab, m, bias_ptr, sign, inner, slope2,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(ones, tail, tail of squares) of one lane of the row: entries equal to m, and the rest."""
+    tiles = tl.arange(0, LANE_ROUND)[:, None]
+    ones, tail, squares = 0.0, 0.0, 0.0
+    for first in range(0, tl.cdiv(vocab, LANES * GROUP), LANE_ROUND):
+        base = ((first + tiles) * LANES + lane) * GROUP
+        y = load_y(
+            row_ptr, base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
+        )  # fmt: skip
+        is_top = y == m
+        e = tl.where(is_top, 0.0, tl.exp2((y - m) * slope2))
+        ones += tl.sum(tl.sum(tl.where(is_top, 1.0, 0.0), axis=1), axis=0)
+        tail += tl.sum(tl.sum(e, axis=1), axis=0)
+        squares += tl.sum(tl.sum(e * e, axis=1), axis=0)
+    return ones, tail, squares
+
+
+@triton.jit
+def sum_row(
+    row_ptr, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row, in units of y."""
+    BLOCK: tl.constexpr = LANES * GROUP
+    base = tl.arange(0, LANES)[:, None] * GROUP
+    zero = tl.zeros([LANES], tl.float32)
+    state = (zero + LOWEST, zero, zero, zero, zero, zero)
+    full = (vocab // BLOCK) * BLOCK
+    for start in range(0, full, BLOCK):
+        y = load_y(
+            row_ptr, start + base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, False, GROUP, WHOLE
+        )  # fmt: skip
+        u = load_u(class_weight_ptr, start + base, vocab, WANT_GAP, False, GROUP, WHOLE)
+        state = fold(y, u, state, slope2, WANT_P2, WANT_GAP)
+    if full < vocab:
+        y = load_y(
+            row_ptr, full + base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
+        )  # fmt: skip
+        u = load_u(class_weight_ptr, full + base, vocab, WANT_GAP, True, GROUP, WHOLE)
+        state = fold(y, u, state, slope2, WANT_P2, WANT_GAP)
+    m_lane, d, s, q, ut, us = state
+    lanes = tl.arange(0, LANES)
+    m = tl.max(m_lane, axis=0)
+    best = tl.min(tl.where(m_lane == m, lanes, LANES), axis=0)
+    step = tl.where(d == 0.0, 0.0, m_lane - m)
+    r = tl.exp2(step * slope2)
+    ones, tail, squares = sum_lane(
+        row_ptr, best, vocab, m, bias_ptr, sign, inner, slope2, BENDS, SIGNED, LANES, GROUP,
+        WHOLE,
+    )  # fmt: skip
+    other = lanes != best
+    tail += tl.sum(tl.where(other, d * r, 0.0), axis=0)
+    s_row = tl.sum(tl.where(r == 0.0, 0.0, (s + d * step) * r), axis=0)
+    if WANT_P2:
+        squares += tl.sum(tl.where(other, q * r * r, 0.0), axis=0)
+    gap = 0.0
+    if WANT_GAP:
+        gap = tl.sum(ut + tl.where(us == 0.0, 0.0, us * step), axis=0)
+    return m, ones, tail, s_row, squares, gap

@@ -1,0 +1,104 @@
+"""The process of tests/test_interrupt.py: imports once, then forks a child per signal.
+
+`python interrupt_driver.py CONFIG WORK TRIALS`: first a run without signals, then children that
+send their group SIGINT or SIGTERM at random moments of their processor time (so that a busy machine
+changes nothing), or twice; a JSON report on stdout. One thread: torch may not be forked with more.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pyoffline import cli, run_folder
+
+
+def child(argv, log, number=None, after=0.0, twice=False):
+    """A forked `pyoffline`; with `number`, its group gets that signal after so many seconds of its
+    processor time.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setpgid(0, 0)
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if number:
+
+        def fire(*_):
+            os.killpg(0, number)
+            if twice:
+                os.killpg(0, signal.SIGINT)
+
+        signal.signal(signal.SIGPROF, fire)
+        signal.setitimer(signal.ITIMER_PROF, after)
+    try:
+        code = cli.main(argv)
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def ended(pid):
+    """Exit code (minus a signal's number), and the processor time it took."""
+    _, status, used = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+
+
+def run_once(config, out, extra=(), log="log"):
+    return ended(child(["train", str(config), f"trainer.output_dir={out}", *extra], f"{out}.{log}"))
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def report(config, work, trials):
+    random.seed(0)
+    # imports what a run imports, so that children spend their time on the run
+    assert cli.main(["train", str(config), f"trainer.output_dir={work / 'first'}"]) == 0
+    whole = work / "whole"
+    code, seconds = run_once(config, whole)
+    assert code == 0, (work / "whole.log").read_text()
+    truth = load_file(whole / "final" / "model.safetensors")
+    rows = []
+    for trial in range(trials):
+        out = work / f"run-{trial}"
+        number = signal.SIGTERM if trial % 3 == 2 else signal.SIGINT
+        twice, workers = trial % 4 == 3, 2 * (trial % 2)
+        after = random.uniform(0.02, 0.95) * seconds  # noqa: S311 (moments, no secrets)
+        argv = ["train", str(config), f"trainer.output_dir={out}"]
+        argv.append(f"trainer.dataloader_num_workers={workers}")
+        pid = child(argv, f"{out}.log", number, after, twice)
+        code, _ = ended(pid)
+        newest = run_folder.newest(out) if out.is_dir() else None
+        row = {"code": code, "number": int(number), "twice": twice, "left": alive(pid)}
+        row["log"] = Path(f"{out}.log").read_text()[-2000:]
+        row["step"] = int(newest.name.split("-")[1]) if newest else 0
+        row["problems"] = run_folder.problems(newest) if newest else []
+        if code != 0:
+            again = ["--resume"] if newest else []
+            row["resumed"] = run_once(config, out, again, "again.log")[0]
+        got = load_file(out / "final" / "model.safetensors")
+        row["equal"] = all(torch.equal(got[k], v) for k, v in truth.items())
+        rows.append(row)
+        shutil.rmtree(out)
+    return {"seconds": seconds, "rows": rows}
+
+
+if __name__ == "__main__":
+    config, work = Path(sys.argv[1]), Path(sys.argv[2])
+    sys.stdout.write("\n" + json.dumps(report(config, work, int(sys.argv[3]))) + "\n")
