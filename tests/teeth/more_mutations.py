@@ -104,8 +104,8 @@ MORE = (
         110,
         "two-level dweight: the fp16 scale is not taken off",
         LOOP,
-        "            if last and self.scale != 1.0:\n                self.out.mul_(self.scale)\n",
-        "",
+        "not is_one(self.scale):\n                self.out.mul_(self.scale)\n",
+        "False:\n                pass\n",
         FORTY,
     ),
     one(
