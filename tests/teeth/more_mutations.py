@@ -104,8 +104,8 @@ MORE = (
         110,
         "two-level dweight: the fp16 scale is not taken off",
         LOOP,
-        "            if last and self.scale != 1.0:\n                self.out.mul_(self.scale)\n",
-        "",
+        "not is_one(self.scale):\n                self.out.mul_(self.scale)\n",
+        "False:\n                pass\n",
         FORTY,
     ),
     one(
@@ -343,11 +343,11 @@ MORE = (
     ),
     one(
         140,
-        "without vendor GEMM: the fp16 scale is not taken off dweight",
-        "pyoffline/panel_gemm.py",
-        "cast[cut] = part if scale == 1.0 else part * scale",
-        "cast[cut] = part",
-        NUMBERS + "test_N1_without_the_vendor_gemm",
+        "the fp16 scale is not taken off dweight",
+        "pyoffline/cpu.py",
+        "            grad.acc.mul_(grad.scale)\n",
+        "            pass\n",
+        NUMBERS + "test_N1_fp16_under_a_loss_scale_of_2_to_the_16[16-cpu]",
     ),
     one(
         141,
@@ -359,7 +359,7 @@ MORE = (
     ),
     one(
         142,
-        "the whole batch's top-1 is where the label's logit is not NaN",
+        "every row counts as top-1",
         ROWS,
         "out.is_top1 = sums.t_label >= 0.0f;",
         "out.is_top1 = sums.t_label == sums.t_label;",

@@ -11,6 +11,7 @@ from mutation_table import Mutation
 NUMBERS, NUMBERS_2 = "tests/test_numbers.py::", "tests/test_numbers_2.py::"
 NUMBERS_3, SCORE = "tests/test_numbers_3.py::", "tests/test_score_rows.py::"
 TRAINER, AUTOGRAD = "tests/test_trainer.py::", "tests/test_autograd.py::"
+CHECKPOINT = "tests/test_checkpoint.py::"
 FILES = "tests/test_checkpoint_files.py::"
 
 HISTORICAL = (
@@ -122,7 +123,7 @@ HISTORICAL = (
     Mutation(
         8,
         "row offsets in 32 bits",
-        "csrc/cpu/row_pass.cpp",
+        "csrc/cpu/row_memory.h",
         (
             (
                 "         row * args.logits_stride * size_of(args.logits_type);\n",
@@ -354,14 +355,16 @@ HISTORICAL = (
     Mutation(
         28,
         "a checkpoint is written in place",
-        "pyoffline/checkpoint.py",
+        "pyoffline/run_folder.py",
         (
             (
-                "    save_file(tensors, temporary, metadata=meta)\n    temporary.replace(path)\n",
-                "    save_file(tensors, path, metadata=meta)\n",
+                '    files = sorted(p for p in partial.rglob("*") if p.is_file())\n',
+                "    _remove(final)\n"
+                '    files = sorted(p for p in partial.rglob("*") if p.is_file())\n',
             ),
         ),
-        (FILES + "test_t2_a_write_that_dies_leaves_the_old_file",),
+        (CHECKPOINT + "test_t2_kill_9_at_every_write_leaves_the_newest_complete_one",),
+        note="the former folder goes before the new one is complete",
     ),
     Mutation(
         29,
