@@ -62,11 +62,12 @@ def compared(batch, divergence, backend, upstream=1.0, **head):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("divergence", [*EACH, MIXED], ids=name_of)
 def test_N1_loss_and_gradients_within_the_error_of_pytorch(backend, dtype, divergence):
-    # ties of S and T decide TVD's sign: rounded logits may take the other side
-    if isinstance(divergence, po.TVD) and dtype != torch.float32:
-        pytest.skip("a kink: half logits cross it in PyTorch and here at different entries")
     for teacher, options in zip(TEACHERS, ("softcap", "bias", "scales"), strict=True):
         batch = cases.make(60, dtype=dtype, teacher=teacher, **HEADS[options])
+        if isinstance(divergence, po.TVD) and dtype != torch.float32:
+            # rounding a logit crosses a kink in PyTorch and here at different entries: no rounding
+            batch = cases.make(60, 50, 50, dtype, teacher=("logits", "top-k")[teacher == "top-k"])
+            batch["weight"] = torch.eye(50, dtype=dtype)
         with po.chunk_rows(24):
             compared(batch, divergence, backend)
 

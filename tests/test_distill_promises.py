@@ -2,7 +2,12 @@
 is broken is visible, masked vocabulary, chunks and threads (PROMISES N2, N3, N6 to N9, N11, M2).
 """
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import batches
 import compare
@@ -353,3 +358,43 @@ def test_M2_the_budget_covers_the_teachers_chunk(teacher):
     finally:
         cpu_distill.pair_pass = plain
     assert max(heights) == (64 if teacher == "top-k" else 32)
+
+
+PEAK = """
+import json, sys, torch, pyoffline as po
+from pathlib import Path
+n, d, v, dtype, train_head, budget = json.loads(sys.argv[1])
+dtype = getattr(torch, dtype)
+def kib(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(key))
+x = torch.randn(n, d).to(dtype).requires_grad_()
+w = (torch.randn(v, d) / 16).to(dtype).requires_grad_(train_head)
+t_x, t_w = torch.randn(n, d).to(dtype), (torch.randn(v, d) / 16).to(dtype)
+y = torch.randint(0, v, (n,))
+def step(x, w, t_x, t_w, y):
+    teacher = po.TeacherHead(t_x, po.Head(t_w))
+    po.linear_distill_loss(x, po.Head(w), teacher, po.TokenBatch(y), po.JSD(0.5)).loss.backward()
+with po.use_backend("cpu"), po.memory_budget(budget):
+    small = [t.detach()[:32].clone().requires_grad_(t.requires_grad) for t in (x, w, t_x, t_w)]
+    step(*small, y[:32] % 32)  # libraries, thread pools
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kib("VmRSS")
+    step(x, w, t_x, t_w, y)
+    peak = (kib("VmHWM") - before) * 1024
+    e = po.explain(n, d, v, dtype, train_head=train_head, teacher=dtype)
+print(json.dumps([peak, e.extra_nbytes + e.gradient_nbytes, e.full_logits_nbytes]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc: not run")
+def test_M2_peak_within_ten_percent_of_explain():
+    """Several chunks, both of logits in 32 MiB; all logits would be 128 MiB on each side."""
+    case = json.dumps([2048, 256, 32768, "bfloat16", True, 32 << 20])
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
+    command = [sys.executable, "-c", PEAK, case]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert result.returncode == 0, result.stderr
+    peak, predicted, full_logits = json.loads(result.stdout)
+    assert abs(peak - predicted) <= 0.1 * predicted, (peak / 2**20, predicted / 2**20)
+    assert peak < predicted + full_logits / 2

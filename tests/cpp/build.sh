@@ -10,13 +10,15 @@ compile() {
   shift
   ${CXX:-g++} -O3 -std=c++17 -fopenmp -fno-math-errno -Wall -Wextra "$@" ${CXXFLAGS-} -c "$source" -o "$out/$(basename "$source" .cpp).o"
 }
-compile "$cpu/row_pass_portable.cpp"
-compile "$cpu/row_pass_avx2.cpp" -mavx2 -mfma -mf16c
-compile "$cpu/row_pass_avx512.cpp" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+for kernel in row_pass distill; do
+  compile "$cpu/${kernel}_portable.cpp"
+  compile "$cpu/${kernel}_avx2.cpp" -mavx2 -mfma -mf16c
+  compile "$cpu/${kernel}_avx512.cpp" -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c
+done
 for name in row_pass dispatch parallel; do compile "$cpu/$name.cpp"; done
 mkdir -p "$out/kernel"
 mv "$out"/*.o "$out/kernel"
-if [ -z "${CXXFLAGS-}" ] && nm -C "$out"/kernel/row_pass_avx*.o "$out"/kernel/row_pass_portable.o | grep " [VWu] "; then
+if [ -z "${CXXFLAGS-}" ] && nm -C "$out"/kernel/*_avx*.o "$out"/kernel/*_portable.o | grep " [VWu] "; then
   echo "weak symbols in an ISA object" >&2
   exit 1
 fi
