@@ -44,6 +44,9 @@ a configuration:
 a row of the data (JSONL or Parquet):
   {"prompt": "2+2=", "completion": "4", "reward": 1.0, "group": "q17", "old_logps": [-0.1, -0.02]}
   or "messages": [...], or "text": "..."; completion_ids beside old_logps make the tokens exact.
+  for dpo and its kin: {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, ref_chosen_logps and
+  ref_rejected_logps (`pyoffline score --column ref_logps`); for kto: "label": true or false.
+  The batch size counts rows; pairs for preference, prompts for group objectives (renyi_rwr).
 """
 
 SCORE = """\
@@ -54,6 +57,7 @@ the data) or ref_logps (a reference to stay near).
 examples:
   pyoffline score samples.jsonl --model Qwen/Qwen2.5-0.5B --output scored.jsonl
   pyoffline score scored.jsonl --model runs/sft/final --column ref_logps --output both.jsonl
+  pyoffline score pairs.jsonl --model runs/sft/final --column ref_logps --output pairs-ref.jsonl
 """
 
 DEMO = """\
@@ -201,6 +205,11 @@ def _add_score(commands) -> None:
     command.add_argument("--model", required=True, help="a local folder or a Hub name")
     command.add_argument("--output", required=True, help="a new .jsonl file")
     command.add_argument("--column", default="old_logps", help="default: %(default)s")
+    command.add_argument(
+        "--log-sum-p2",
+        action="store_true",
+        help="add this column too, for `advantage: optimal_token_baseline`",
+    )
     command.add_argument("--batch", type=int, default=8, help="rows at once (default: %(default)s)")
     command.add_argument("--max-length", type=int, default=2048, help="default: %(default)s")
     command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -307,6 +316,7 @@ def run_score(args) -> int:
         batch=args.batch,
         max_length=args.max_length,
         skip_bad=args.skip_bad,
+        log_sum_p2=args.log_sum_p2,
     )
     print(f"{run_score(settings)} rows with {args.column}\n{args.output}")
     return EXIT_OK

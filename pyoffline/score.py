@@ -1,7 +1,8 @@
 """`pyoffline score`: log-probs of a file's completions under a model, as a column of a new file.
 
 The rows come back with `prompt_ids` and `completion_ids`, so that training reads exactly the tokens
-that were scored. No logits are stored. Not here: reading and checking rows (data.py), the log-probs
+that were scored. Preference rows get `ref_chosen_logps` and `ref_rejected_logps`. No logits are
+stored. Not here: reading and checking rows (data.py), the log-probs
 (logps.py).
 """
 
@@ -13,14 +14,17 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pyoffline.config import ConfigError, DataConfig, ModelConfig
-from pyoffline.data import Sample, load_samples
+from pyoffline.data import Needs, Sample, load_samples
+from pyoffline.pairs import SIDES
 from pyoffline.row_checks import LOGPS
 from pyoffline.rows import read_rows
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """`samples` is read, `output` is written whole or not at all. `column` is one of LOGPS."""
+    """`samples` is read, `output` is written whole or not at all. `column` is one of LOGPS; with
+    `log_sum_p2` the column of that name is added, which `advantage: optimal_token_baseline` reads.
+    """
 
     samples: Path
     output: Path
@@ -29,6 +33,7 @@ class ScoreSettings:
     batch: int = 8
     max_length: int = 2048
     skip_bad: bool = False
+    log_sum_p2: bool = False
 
 
 def run_score(settings: ScoreSettings) -> int:
@@ -44,21 +49,37 @@ def run_score(settings: ScoreSettings) -> int:
         )
     if settings.output.exists():
         problems.append(f"--output: {settings.output} exists; remove it or choose another name")
+    paired = settings.samples.is_file() and _is_paired(settings.samples)
+    if paired and (settings.column != "ref_logps" or settings.log_sum_p2):
+        problems.append("--column: rows with chosen and rejected take ref_logps only")
     if problems:
         raise ConfigError("pyoffline score", problems)
     tokenizer = load_tokenizer(settings.model)
     config = DataConfig(
         str(settings.samples), max_length=settings.max_length, skip_bad=settings.skip_bad
     )
-    data = load_samples(settings.samples, tokenizer, config)
+    needs = Needs(unit="pair" if paired else "row")
+    data = load_samples(settings.samples, tokenizer, config, needs)
     if data.skipped:
         sys.stderr.write(f"{settings.samples}: left out {sum(data.skipped.values())} rows\n")
-    logps = score_samples(load_model(settings.model), data.samples, settings.batch)
-    return _write(settings, data.samples, logps)
+    scores = score_statistics(load_model(settings.model), data.samples, settings.batch)
+    return _write(settings, data.samples, scores)
+
+
+def _is_paired(path: Path) -> bool:
+    row = next((row for _, row, _ in read_rows(path) if row), {})
+    return any(row.get(f"{side}{end}") is not None for side in SIDES for end in ("", "_ids"))
 
 
 def score_samples(model, samples: list[Sample], batch: int) -> list[list[float]]:
-    """log p of each completion token, in nats; longest samples first: memory shows at once."""
+    """log p of each completion token, in nats."""
+    return [x["logps"] for x in score_statistics(model, samples, batch)]
+
+
+def score_statistics(model, samples: list[Sample], batch: int) -> list[dict[str, list[float]]]:
+    """`logps` and `log_sum_p2` of each completion token, in nats; longest samples first: memory
+    shows at once.
+    """
     import torch
 
     from pyoffline.collate import Collator
@@ -68,7 +89,7 @@ def score_samples(model, samples: list[Sample], batch: int) -> list[list[float]]
 
     model.eval()
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].ids))
-    out: list[list[float]] = [[] for _ in samples]
+    out: list[dict[str, list[float]]] = [{} for _ in samples]
     bar = tqdm(total=len(samples), desc="score", unit="row", file=sys.stderr, mininterval=0.5)
     with torch.no_grad(), bar:
         for start in range(0, len(order), batch):
@@ -81,28 +102,43 @@ def score_samples(model, samples: list[Sample], batch: int) -> list[list[float]]
                 attention_mask=inputs["attention_mask"],
                 use_cache=False,
             ).last_hidden_state
-            logps = linear_token_logps(hidden, Head.of(model), labels).logps.cpu()
+            stats = linear_token_logps(hidden, Head.of(model), labels)
             for row, i in enumerate(picked):
-                first = samples[i].n_prompt - 1
-                out[i] = logps[row, first : len(samples[i].ids) - 1].tolist()
+                span = slice(samples[i].n_prompt - 1, len(samples[i].ids) - 1)
+                for name in ("logps", "log_sum_p2"):
+                    out[i][name] = getattr(stats, name)[row, span].tolist()
             bar.update(len(picked))
     return out
 
 
-def _write(settings: ScoreSettings, samples: list[Sample], logps: list[list[float]]) -> int:
+def _write(settings: ScoreSettings, samples: list[Sample], scores: list[dict]) -> int:
     """The scored rows in file order, beside their place first, then renamed."""
-    scored = {s.line: (s, values) for s, values in zip(samples, logps, strict=True)}
+    scored: dict[int, list] = {}
+    for sample, values in zip(samples, scores, strict=True):
+        scored.setdefault(sample.line, []).append((sample, values))
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = settings.output.with_name(settings.output.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for line, row, _ in read_rows(settings.samples):
-            if line not in scored:
-                continue
-            sample, values = scored[line]
-            row = {k: v for k, v in row.items() if k != "text"}
-            row["prompt_ids"] = sample.ids[: sample.n_prompt]
-            row["completion_ids"] = sample.ids[sample.n_prompt :]
-            row[settings.column] = values
-            file.write(json.dumps(row) + "\n")
-    temporary.replace(settings.output)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for line, row, _ in read_rows(settings.samples):
+                if line in scored:
+                    file.write(json.dumps(_scored_row(settings, row, scored[line])) + "\n")
+        temporary.replace(settings.output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        why = error.strerror or error
+        raise OSError(f"{settings.output} could not be written, nothing is left: {why}") from None
     return len(scored)
+
+
+def _scored_row(settings: ScoreSettings, row: dict, parts: list) -> dict:
+    row = {k: v for k, v in row.items() if k != "text"}
+    names = ("completion",) if len(parts) == 1 else SIDES
+    for name, (sample, values) in zip(names, parts, strict=True):
+        row["prompt_ids"] = sample.ids[: sample.n_prompt]
+        row[f"{name}_ids"] = sample.ids[sample.n_prompt :]
+        column = settings.column if len(parts) == 1 else f"ref_{name}_logps"
+        row[column] = values["logps"]
+        if settings.log_sum_p2:
+            row["log_sum_p2"] = values["log_sum_p2"]
+    return row

@@ -32,7 +32,7 @@ from pyoffline.records import (
 from pyoffline.step_weights import aligned_labels, sequence_tokens, step_weights
 from pyoffline.token_objectives import NLL
 from pyoffline.trainer_config import OfflineConfig
-from pyoffline.units import unit_weights, weighs_of
+from pyoffline.units import refuse_mixed_weights, unit_weights, weighs_of
 
 __all__ = ["NonFiniteGradientError", "OfflineConfig", "OfflineTrainer"]
 
@@ -82,6 +82,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         self.model_accepts_loss_kwargs = True
         self.objective = NLL() if objective is None else objective
         self._weighs = weighs_of(self.objective)
+        refuse_mixed_weights(self.objective, args.aggregation)
         self._unit_metrics = frozenset(metric_names(self.objective.program(False).codes))
         Head.of(self.model)  # an unknown head raises now, not at the first step
         self._dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
@@ -108,6 +109,9 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         weights, tokens = step_weights(
             batches, mode, self.args.horizon, self._sum, ranks, self._dtype
         )
+        if own and "chosen" in self._weighs:
+            chosen = self._sum(sum(self._chosen_tokens(b) for b in batches))
+            weights = [w * (tokens.double() / chosen) for w in weights]
         for batch, w in zip(batches, weights, strict=True):
             batch["weights"] = torch.cat([torch.zeros_like(w[..., :1]), w[..., :-1]], -1)
         if own and self._weighs & UNIT_MEANS:
@@ -116,6 +120,11 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             for batch, omega in zip(batches, shares, strict=True):
                 batch["omega"] = omega.to(self._dtype)
         return tokens
+
+    @staticmethod
+    def _chosen_tokens(batch: dict) -> Tensor:
+        counts = sequence_tokens(batch, aligned_labels(batch) != -100)
+        return counts[: len(counts) // 2].sum()
 
     def _sum(self, t: Tensor) -> Tensor:
         return self.accelerator.reduce(t.to(self.args.device), "sum")

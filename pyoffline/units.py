@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyoffline.objectives import ROW_OF_CODE
+
 UNITS = ("row", "pair", "group")
 
 
@@ -33,6 +35,17 @@ def weighs_of(objective) -> frozenset[str]:
     chosen.
     """
     return frozenset(row.weighs for row in coupled_rows(objective))
+
+
+def refuse_mixed_weights(objective, aggregation: str) -> None:
+    """ValueError where aggregation "auto" has no one meaning for the parts of an objective."""
+    weighs, program = weighs_of(objective), objective.program(False)
+    local = any(code in ROW_OF_CODE for code in program.codes[0::3])
+    if aggregation == "auto" and "chosen" in weighs and (local or "token" in weighs):
+        raise ValueError(
+            "the objective takes one mean over the chosen tokens and another over all of them: set "
+            "trainer.aggregation to the mode that all its token losses should have"
+        )
 
 
 def make_units(samples: Sequence, unit: str) -> list:
