@@ -13,7 +13,9 @@ from pyoffline import panel_gemm
 from pyoffline.calls import LinearCall, stats_dtype
 from pyoffline.chunk_loop import WeightGrad, is_one
 
-ROW_UNIT = 16  # elements: every row of the logits buffer starts at a multiple of 32 (fp32: 64) bytes
+ROW_UNIT = (
+    16  # elements: every row of the logits buffer starts at a multiple of 32 (fp32: 64) bytes
+)
 PANEL = 16384  # rows of the weight at a time where a second product is added, or a cast is due
 
 

@@ -90,8 +90,9 @@ def current_settings() -> PlanSettings:
 
 
 def plan_list(n_valid: int | None = None) -> list[int]:
-    """The overrides (and the number of rows that count, where it is known) as a custom op carries them. A compiled graph carries none and reads them when
-    it runs: a context variable is nothing to guard on.
+    """The overrides as a custom op carries them, and the number of rows that count where it is
+    known. A compiled graph carries no overrides and reads them when it runs: a context variable is
+    nothing to guard on.
     """
     known = [] if n_valid is None else [n_valid]
     if torch.compiler.is_compiling():

@@ -24,11 +24,7 @@ else:
 
     def _patch_once(fn):
         core = interpreter.tl.core
-        names = {
-            m.__name__
-            for m in fn.__globals__.values()
-            if m is interpreter.tl or m is core
-        }
+        names = {m.__name__ for m in fn.__globals__.values() if m is interpreter.tl or m is core}
         if names <= _patched:
             return None
         _patched.update(names)
