@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | sanitize | fuzz | clean. Each works first in a fresh clone: it makes .venv.
+# make demo | test | lint | bench | sanitize | fuzz | triton-table | clean. Each works first in a fresh clone: it makes .venv.
 #
 # torch comes first and pinned: an unpinned torch would be another build (and on some indexes gigabytes of CUDA).
 # PYOFFLINE_TORCH names another one, PYOFFLINE_VENV another environment.
@@ -14,7 +14,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint bench sanitize fuzz install clean
+.PHONY: demo test lint bench sanitize fuzz triton-table install clean
 
 demo: install
 	$(BIN)/pyoffline demo
@@ -36,6 +36,12 @@ sanitize: install
 
 fuzz: install
 	$(BIN)/python tests/fuzz_bindings.py --count 100000 --seed $${SEED:-0}
+
+# Registers, shared memory and spills of every Triton kernel, compiled for five chips (minutes, no GPU).
+triton-table: install
+	mkdir -p build
+	PYTHONPATH=$(CURDIR) $(BIN)/python tests/triton_compile.py > build/triton_table.json
+	mv build/triton_table.json tests/triton_table.json
 
 install: $(INSTALLED)
 

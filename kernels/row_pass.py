@@ -96,8 +96,11 @@ def gradient_tile(
         scaled = e * from_p
     dz = tl.where(e == 0.0, at_zero, scaled)
     if WANT_U:
-        u = load_u(class_weight_ptr, base, vocab, True, MASKED, GROUP, WHOLE)
-        dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
+        if class_weight_ptr is None:
+            dz = dz - from_u
+        else:
+            u = load_u(class_weight_ptr, base, vocab, True, MASKED, GROUP, WHOLE)
+            dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
     if BENDS:
         damp = 1.0 - y * y
         dz = tl.where(damp == 0.0, tl.where(dz == dz, 0.0, dz), dz * damp)

@@ -31,7 +31,7 @@ def holds(name, target, facts):
     assert facts["spills"] == 0, (name, target)
     assert facts["registers"] <= (128 if target.startswith("sm") else 256)
     assert facts["wide_loads"] > 0, "no 16-byte load"
-    if "statistics" not in name:
+    if "statistics" not in name and "fp32 to bf16" not in name:  # that one stores 8 bytes
         assert facts["wide_stores"] > 0, "no 16-byte store"
     if target.startswith("sm"):
         assert facts["local"] == 0

@@ -79,7 +79,7 @@ def _row_pass(dtype, warp_size, objective=None, grad=None, coefs=False, stats=Tr
 
 def _scale(dtype, warp_size):
     args = {"grad_ptr": f"*{dtype}", "upstream_ptr": FLOAT, "size": "i32"}
-    args["BLOCK"] = scale_by_upstream.BLOCK
+    args |= {"LANES": scale_by_upstream.LANES, "GROUP": 16 // DTYPES[dtype]}
     kernel = scale_by_upstream.scale_by_upstream_kernel
     return kernel, args, scale_by_upstream.WARPS * 32 // warp_size
 
