@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | sanitize | fuzz | teeth | clean. Each works first in a fresh clone: it makes .venv.
+# make demo | test | lint | bench | sanitize | fuzz | teeth | triton-table | clean. Each works first in a fresh clone: it makes .venv.
 #
 # torch comes first and pinned: an unpinned torch would be another build (and on some indexes gigabytes of CUDA).
 # PYOFFLINE_TORCH names another one, PYOFFLINE_VENV another environment.
@@ -14,7 +14,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint bench sanitize fuzz teeth install clean
+.PHONY: demo test lint bench sanitize fuzz teeth triton-table install clean
 
 demo: install
 	$(BIN)/pyoffline demo
@@ -40,6 +40,12 @@ fuzz: install
 # Puts known bugs back, one by one, and looks whether the named tests fail (about 20 minutes).
 teeth: install
 	$(BIN)/python tests/teeth/run.py --json tests/teeth/result.json
+
+# Registers, shared memory and spills of every Triton kernel, compiled for five chips (minutes, no GPU).
+triton-table: install
+	mkdir -p build
+	PYTHONPATH=$(CURDIR) $(BIN)/python tests/triton_compile.py > build/triton_table.json
+	mv build/triton_table.json tests/triton_table.json
 
 install: $(INSTALLED)
 

@@ -45,8 +45,8 @@ def store_if(ptr, row, value):
 def statistics(sums, slope, y_label, vocab, sum_u):
     """(d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t) of a row."""
     m, ones, tail, s, squares, ut = sums
-    d = ones + tail
-    log_d = tl.where(d == 0.0, NAN, log1p(ones - 1.0 + tail))
+    d = tl.where(m * 0.0 == 0.0, ones + tail, NAN)  # a logit of +inf has no softmax
+    log_d = tl.where(d > 0.0, log1p(ones - 1.0 + tail), NAN)
     t_label = (y_label - m) * slope
     mean_t = s * slope / d
     logp = t_label - log_d
@@ -61,7 +61,7 @@ def statistics(sums, slope, y_label, vocab, sum_u):
 
 @triton.jit
 def gradient_constants(coefs, stats, factor, vocab, mean_u, u_label, damp_label):
-    """(from_p, from_pt, from_u, at_label): what the second sweep multiplies with, csrc/row_pass.h."""
+    """(from_p, from_pt, from_u, at_label): what the second sweep multiplies with."""
     a, b, c, e = coefs
     d, logp, t_label, mean_t = stats
     common = c + product(e, mean_u) + product(b, tl.where(b == 0.0, 0.0, mean_t))
@@ -96,8 +96,11 @@ def gradient_tile(
         scaled = e * from_p
     dz = tl.where(e == 0.0, at_zero, scaled)
     if WANT_U:
-        u = load_u(class_weight_ptr, base, vocab, True, MASKED, GROUP, WHOLE)
-        dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
+        if class_weight_ptr is None:
+            dz = dz - from_u
+        else:
+            u = load_u(class_weight_ptr, base, vocab, True, MASKED, GROUP, WHOLE)
+            dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
     if BENDS:
         damp = 1.0 - y * y
         dz = tl.where(damp == 0.0, tl.where(dz == dz, 0.0, dz), dz * damp)
@@ -295,7 +298,8 @@ def run_row(
             gradient_row(
                 x_ptr, g_ptr, at, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner,
                 slope2, BENDS, SIGNED, WANT_PT, WANT_U,
-                g_ptr.dtype.element_ty.primitive_bitwidth < x_ptr.dtype.element_ty.primitive_bitwidth,
+                g_ptr.dtype.element_ty.primitive_bitwidth
+                < x_ptr.dtype.element_ty.primitive_bitwidth,
                 LANES, GROUP, WHOLE,
             )  # fmt: skip
 
@@ -316,9 +320,7 @@ def row_pass(logits, dlogits, rows, outputs, flag, grad_scale=None, config=None)
     sum_u = None if rows.class_weight is None else rows.class_weight.sum().reshape(1)
     unit = alignment(logits, dlogits)
     head = rows.head
-    coefs_out = outputs[7]
-    strides = {x.stride(0) for x in (rows.coefs, coefs_out) if x is not None}
-    assert len(strides) <= 1, "given coefs and coefs written in one call"
+    coefs = rows.coefs if given else outputs[7]  # read or written, never both
     negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
     with device_of(logits):
         row_pass_kernel[(row_programs(logits, config),)](
@@ -328,7 +330,7 @@ def row_pass(logits, dlogits, rows, outputs, flag, grad_scale=None, config=None)
             tuple(rows.extras.values()), rows.coefs, rows.temperature, rows.bias, rows.class_weight,
             sum_u, grad_scale, (head.softcap, head.logit_scale, head.temperature),
             () if rows.hyper is None else tuple(rows.hyper.float().flatten().tolist()),
-            outputs, strides.pop() if strides else 0, flag,
+            outputs, 0 if coefs is None else coefs.stride(0), flag,
             CODES=tuple(rows.codes), BENDS=head.softcap != 0, SIGNED=negative,
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
             WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,

@@ -117,7 +117,8 @@ def fold(y, u, state, slope2, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr):
 @triton.jit
 def sum_lane(
     row_ptr, lane, vocab, m, bias_ptr, sign, inner, slope2,
-    BENDS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(ones, tail, tail of squares) of one lane of the row: entries equal to m, and the rest."""
     tiles = tl.arange(0, LANE_ROUND)[:, None]

@@ -8,19 +8,22 @@ Not here: the cast to the parameter's dtype.
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.launch import device_of
+from pyoffline.kernels.launch import device_of, warp_size
 
-BLOCK = 4096  # 8 bf16 or fp32 values a thread at 16 warps; not measured yet
-WARPS = 16
+LANES, WARPS = 1024, 16  # two 16-byte groups a thread; not measured yet
 
 
 @triton.jit(do_not_specialize=["size"])
-def scale_by_upstream_kernel(grad_ptr, upstream_ptr, size, BLOCK: tl.constexpr):
+def scale_by_upstream_kernel(
+    grad_ptr, upstream_ptr, size, LANES: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """GROUP divides size, so a group is one access, inside or outside as a whole."""
     factor = tl.load(upstream_ptr).to(tl.float32)
     if factor == 1.0:
         return
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < size
+    lanes = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)[:, None]
+    offs = lanes * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = lanes * GROUP < size
     value = tl.load(grad_ptr + offs, mask=inside).to(tl.float32)
     tl.store(grad_ptr + offs, (value * factor).to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -30,6 +33,11 @@ def scale_by_upstream(grad, upstream):
     if grad.numel() == 0:
         return grad
     with device_of(grad):
-        grid = (triton.cdiv(grad.numel(), BLOCK),)
-        scale_by_upstream_kernel[grid](grad, upstream, grad.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        group = 16 // grad.element_size()
+        group = 1 if grad.numel() % group else group
+        grid = (triton.cdiv(grad.numel(), LANES * group),)
+        scale_by_upstream_kernel[grid](
+            grad, upstream, grad.numel(), LANES=LANES, GROUP=group,
+            num_warps=WARPS * 32 // warp_size(grad.device),
+        )  # fmt: skip
     return grad

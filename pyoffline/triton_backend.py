@@ -88,7 +88,7 @@ def logits(call: LogitsCall) -> LogitsResult:
     raise_pending(call.logits.device)
     source = call.logits if call.logits.stride(-1) == 1 else call.logits.contiguous()
     n = source.shape[0]
-    out = RowOutputs.zeros(n, torch.float32, source.device, call.wants_coefs)
+    out = RowOutputs.zeros(n, torch.float32, source.device, call.wants_coefs, call.wants_gap)
     scale = power_of_two_scale(call.rows, source.dtype, asynchronous=True)
     dlogits = None
     if call.needs_grad:

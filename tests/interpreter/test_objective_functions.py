@@ -1,5 +1,5 @@
-"""Every row of THE TABLE as a Triton device function against the PyTorch reference, on the grid with
-ties, clip borders and overflow (PROMISES N3, N4, N5), and the scalar functions against fp64.
+"""Every row of THE TABLE as a Triton device function against the PyTorch reference, on the grid
+with ties, clip borders and overflow (PROMISES N3, N4, N5), and the scalar functions against fp64.
 """
 
 import inspect

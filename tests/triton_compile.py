@@ -1,0 +1,180 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads what the compiler made.
+
+    python tests/triton_compile.py > tests/triton_table.json      (make triton-table)
+
+Each entry: kernel variant x target -> registers, shared memory, spills, 16-byte accesses. The
+variants are those that the library runs: tile and warps from kernels/configs.py, per dtype. Not
+here: the comparison (test_triton_compile.py).
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import pyoffline as po
+from pyoffline.kernels import scale_by_upstream
+from pyoffline.kernels.configs import row_config
+from pyoffline.kernels.row_pass import row_pass_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+COMPOSED = po.PPOClip() + 0.04 * po.KL("k3", "old") - 1e-3 * po.Entropy()
+FLOAT = "*fp32"
+
+
+def _row_pass(dtype, warp_size, objective=None, grad=None, coefs=False, stats=True, options=()):
+    """(kernel, arguments, warps) of a row pass on 151,936 logits."""
+    config = row_config(151_936, DTYPES[dtype], warp_size)
+    program = objective.program(False) if objective else None
+    codes = tuple(program.codes) if program else ()
+    terms, reads = codes[0::3], program.reads if program else ()
+    given = tuple(FLOAT if name in reads else None for name in ("old", "mu", "ref", "adv"))
+    args = {
+        "logits_ptr": f"*{dtype}",
+        "dlogits_ptr": f"*{grad}" if grad else None,
+        **dict.fromkeys(("stride_logits", "stride_dlogits", "n_rows", "vocab"), "i32"),
+        "labels_ptr": "*i64",
+        "ignore_index": "i32",
+        "weights_ptr": FLOAT if program else None,
+        "given_ptrs": given,
+        "gate_ptrs": (),
+        "coefs_ptr": FLOAT if coefs else None,
+        "temperature_ptr": FLOAT if "temperature" in options else None,
+        "bias_ptr": FLOAT if "bias" in options else None,
+        "class_weight_ptr": None,
+        "sum_u_ptr": None,
+        "grad_scale_ptr": FLOAT if dtype == "fp16" and grad else None,
+        "head": ("fp32",) * 3,
+        "hyper": ("fp32",) * (8 * len(terms)),
+        "outputs": (FLOAT,) * 5 + ("*u8", None, None) if stats else (None,) * 8,
+        "stride_coefs": "i32",
+        "flag_ptr": "*i64",
+        "CODES": codes,
+        "BENDS": "softcap" in options,
+        "SIGNED": "temperature" in options,
+        "WANT_PT": coefs or 26 in terms,
+        "WANT_U": coefs or 28 in terms,
+        "WANT_P2": stats,
+        "WANT_GAP": 28 in terms,
+        "UNIT": 16,
+        "LANES": config.lanes,
+        "GROUP": config.group,
+        "WHOLE": True,
+    }
+    return row_pass_kernel, args, config.warps
+
+
+def _scale(dtype, warp_size):
+    args = {"grad_ptr": f"*{dtype}", "upstream_ptr": FLOAT, "size": "i32"}
+    args |= {"LANES": scale_by_upstream.LANES, "GROUP": 16 // DTYPES[dtype]}
+    kernel = scale_by_upstream.scale_by_upstream_kernel
+    return kernel, args, scale_by_upstream.WARPS * 32 // warp_size
+
+
+def variants():
+    """name -> function of the warp size."""
+    out = {}
+    for d in DTYPES:
+        out[f"row_pass ppo+kl+entropy {d}"] = lambda w, d=d: _row_pass(d, w, COMPOSED, grad=d)
+        out[f"scale_by_upstream {d}"] = lambda w, d=d: _scale(d, w)
+    out["row_pass statistics bf16"] = lambda w: _row_pass("bf16", w)
+    out["row_pass coefs bf16"] = lambda w: _row_pass(
+        "bf16", w, grad="bf16", coefs=True, stats=False
+    )
+    out["row_pass ppo+kl+entropy fp32 to bf16"] = lambda w: _row_pass(
+        "fp32", w, COMPOSED, grad="bf16"
+    )
+    head = ("bias", "softcap", "temperature")
+    out["row_pass all of the head bf16"] = lambda w: _row_pass(
+        "bf16", w, COMPOSED, grad="bf16", options=head
+    )
+    return out
+
+
+def _source(kernel, args):
+    """An ASTSource: pointers are aligned to 16 bytes, what is no type is a constant."""
+    constants, attrs = {}, {}
+
+    def leaf(value, path, name):
+        if isinstance(value, tuple) and name != "CODES":
+            return tuple(leaf(x, (*path, i), name) for i, x in enumerate(value))
+        if isinstance(value, str):
+            if value.startswith("*"):
+                attrs[path] = [["tt.divisibility", 16]]
+            return value
+        constants[path] = value
+        return "constexpr"
+
+    signature = {name: leaf(v, (i,), name) for i, (name, v) in enumerate(args.items())}
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+
+def _nvidia(compiled, arch: int) -> dict:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (\S+?)[,\s]", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(tool), "-v", f"--gpu-name={target}", str(source), "-o", f"{folder}/cubin"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spills": spills + int(re.search(r"(\d+) bytes stack frame", log)[1]),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
+        "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
+        "wide_offsets": len(
+            re.findall(r"mul\.wide|mad\.wide|mul\.lo\.[su]64|mad\.lo\.[su]64", ptx)
+        ),
+    }
+
+
+def _amd(compiled) -> dict:
+    asm = compiled.asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", asm)[1])
+
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
+        "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", asm)),
+    }
+
+
+def compile_one(name: str, target: str) -> dict:
+    """What the compiler makes of one variant for one target."""
+    chip = TARGETS[target]
+    kernel, args, warps = variants()[name](chip.warp_size)
+    compiled = triton.compile(_source(kernel, args), target=chip, options={"num_warps": warps})
+    facts = _nvidia(compiled, chip.arch) if chip.backend == "cuda" else _amd(compiled)
+    return {"warps": warps, "shared": compiled.metadata.shared, **facts}
+
+
+def table() -> dict:
+    """Every variant for every target."""
+    return {
+        "triton": triton.__version__,
+        "kernels": {n: {t: compile_one(n, t) for t in TARGETS} for n in variants()},
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(table(), indent=1) + "\n")
