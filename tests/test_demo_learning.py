@@ -300,10 +300,10 @@ def test_labels_keep_their_distance(heights):
     assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(out))
 
 
-def test_the_title_says_who_won_and_who_lost():
+def test_the_title_says_what_came_out():
     def row(i, accuracy):
         return learning.Row(learning.METHODS[i], accuracy, 0, 0, 0, 1, 0, 1, 0)
 
     base = judge.Result("behaviour", -1, 0.4, 0.3, 0.0, 0.0, 1.0)
     title = learning_figure.title([row(0, 0.41), row(2, 0.9), row(10, 0.2)], base)
-    assert title == "Right answers: 40% before, 90% with RWR, 20% with AsymRE, centred"
+    assert title == "Right answers to unseen problems: 40% before, 20% to 90% after, by method"

@@ -1,3 +1,3 @@
-"""`pyoffline demo`: the same fine-tuning twice, stock loss and pyoffline, on real text, with one
-figure at the end.
+"""`pyoffline demo`: the same fine-tuning in less memory, and learning from one file of offline
+samples; one figure each.
 """

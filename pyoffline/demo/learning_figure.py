@@ -62,11 +62,10 @@ def make_styles(rows) -> dict[str, dict]:
 
 def title(rows, base) -> str:
     """The result in one line, from the numbers alone."""
-    best = max(rows, key=lambda r: r.accuracy)
-    worst = min(rows, key=lambda r: r.accuracy)
+    after = [r.accuracy for r in rows]
     return (
-        f"Right answers: {base.accuracy:.0%} before, {best.accuracy:.0%} with {best.method.label}, "
-        f"{worst.accuracy:.0%} with {worst.method.label}"
+        f"Right answers to unseen problems: {base.accuracy:.0%} before, "
+        f"{min(after):.0%} to {max(after):.0%} after, by method"
     )
 
 
