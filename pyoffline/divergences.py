@@ -131,6 +131,12 @@ class _Mixed(Divergence):
 
 def _compile(terms, objective: Objective | None, has_mu: bool) -> DistillProgram:
     program = _NO_OBJECTIVE if objective is None else objective.program(has_mu)
+    if program.coupled:
+        raise ValueError(
+            f"{objective} looks at whole sequences or groups; a divergence composes with "
+            "token-local objectives. Add the losses of two calls: linear_distill_loss and "
+            "linear_policy_loss"
+        )
     gates = list(program.gates)
     gates += [g for g in dict.fromkeys(t.gate for t in terms) if g and g not in gates]
     codes: list[int] = []

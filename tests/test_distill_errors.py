@@ -141,6 +141,8 @@ def test_N12_bad_arguments_are_named_errors(what, backend):
         (lambda: po.ForwardKL().weighted_by(3), TypeError),
         (lambda: po.ForwardKL().weighted_by("a").weighted_by("b"), ValueError),
         (lambda: sum([po.TVD()] * 8, po.TVD()), ValueError),
+        (lambda: po.TVD() + po.GSPO(), ValueError),
+        (lambda: 0.1 * po.DPO() - po.TVD(), ValueError),
         (lambda: po.linear_policy_loss(X, HEAD, TOKENS, po.ForwardKL()), TypeError),
     ],
 )
