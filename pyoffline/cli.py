@@ -204,14 +204,21 @@ def _add_score(commands) -> None:
     command.add_argument("samples", metavar="SAMPLES", help="JSONL or Parquet")
     command.add_argument("--model", required=True, help="a local folder or a Hub name")
     command.add_argument("--output", required=True, help="a new .jsonl file")
-    command.add_argument("--column", default="old_logps", help="default: %(default)s")
+    command.add_argument(
+        "--column", default="old_logps", help="or behavior_logps, ref_logps (default: %(default)s)"
+    )
     command.add_argument(
         "--log-sum-p2",
         action="store_true",
         help="add this column too, for `advantage: optimal_token_baseline`",
     )
     command.add_argument("--batch", type=int, default=8, help="rows at once (default: %(default)s)")
-    command.add_argument("--max-length", type=int, default=2048, help="default: %(default)s")
+    command.add_argument(
+        "--max-length",
+        type=int,
+        default=2048,
+        help="tokens of a row at most (default: %(default)s)",
+    )
     command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     command.add_argument("--skip-bad", action="store_true", help="leave bad rows out")
     command.add_argument(

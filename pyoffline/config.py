@@ -141,7 +141,27 @@ def parse_config(raw: dict, errors: list[str]) -> RunConfig | None:
     if errors:
         return None
     top["model"], top["data"] = ModelConfig(**top["model"]), DataConfig(**top["data"])
-    return RunConfig(**top)
+    config = RunConfig(**top)
+    _check_fit(config, errors)
+    return None if errors else config
+
+
+def _check_fit(config: RunConfig, errors: list[str]) -> None:
+    """What no key shows alone: an advantage that nothing reads, terms that exclude each other."""
+    from pyoffline.units import refuse_mixed_weights, unit_of
+
+    try:
+        objective = build_objective(config)
+        unit_of(objective)
+        refuse_mixed_weights(objective, config.trainer.get("aggregation", "auto"))
+    except (ValueError, TypeError) as error:
+        errors.append(f"objective: {error}")
+        return
+    if config.advantage is not None and "adv" not in objective.program(False).reads:
+        errors.append(
+            f"advantage: {config.objective['name']} reads no advantages; leave it out, or take an "
+            "objective that does (weighted_nll, ppo_clip, ...)"
+        )
 
 
 def build_objective(config: RunConfig):

@@ -36,14 +36,24 @@ class DataError(ValueError):
 
     def __init__(self, problems: list[str], n_rows: int):
         self.problems = problems
-        shown = problems[:SHOWN]
-        if len(problems) > SHOWN:
-            shown.append(f"... and {len(problems) - SHOWN} more")
+        alike = Counter(_what(p) for p in problems)
+        first = {_what(p): p for p in reversed(problems)}
+        shown = [
+            p + (f" (and {alike[what] - 1} more rows)" if alike[what] > 1 else "")
+            for what, p in reversed(first.items())
+        ]
+        if len(shown) > SHOWN:
+            shown[SHOWN:] = [f"... and {len(shown) - SHOWN} more kinds"]
         hint = (
             "correct the rows, or pass --skip-bad to leave them out (they are counted and logged)"
         )
         head = f"{len(problems)} problems in {n_rows} rows, nothing was started; {hint}"
         super().__init__("\n  ".join([head, *shown]))
+
+
+def _what(problem: str) -> str:
+    """`field: why` of `file:line: field: why`."""
+    return problem.partition(": ")[2]
 
 
 @dataclass(slots=True)

@@ -116,6 +116,16 @@ def test_all_problems_come_at_once_and_skip_bad_counts_them(tmp_path, tokenizer)
     assert sum(data.skipped.values()) == len(caught.value.problems)
 
 
+def test_t1_a_column_that_every_row_lacks_is_one_line_of_the_error(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}] * 30
+    path = write(tmp_path / "s.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        load(path, tokenizer, *PPO)
+    assert len(caught.value.problems) == 90
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4 and all("(and 29 more rows)" in line for line in lines[1:])
+
+
 def test_a_file_with_no_usable_row_stops_even_with_skip_bad(tmp_path, tokenizer):
     path = write(tmp_path / "s.jsonl", [{"completion": ""}])
     with pytest.raises(DataError, match="no usable row"):

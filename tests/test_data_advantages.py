@@ -172,6 +172,7 @@ BAD = {
     "unknown": ([{"name": "reward"}, {"name": "gea"}], "advantage[1].name: no advantage 'gea'"),
     "unknown_setting": ({"name": "gae", "lamda": 0.9}, "did you mean 'lam'"),
     "column_as_setting": ({"name": "gae", "values": 1}, "advantage.values: no such parameter"),
+    "unread": ({"name": "opo"}, "advantage: nll reads no advantages"),
     "no_mapping": ([3], "advantage[0]: expected {name"),
 }
 
