@@ -251,12 +251,13 @@ def run_row(
         tl.store(flag_ptr + 1, low * (1 << 32) + row)
         tl.store(flag_ptr, 1)
 
+    # before the barriers of sum_row: another warp may overwrite this logit right after them
+    x_label = tl.load(x_ptr + at).to(tl.float32)
+    bias_label = load_or(bias_ptr, at, 0.0)
     sums = sum_row(
         x_ptr, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
         BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
     )  # fmt: skip
-    bias_label = load_or(bias_ptr, at, 0.0)
-    x_label = tl.load(x_ptr + at).to(tl.float32)
     y_label = bent(x_label, bias_label, sign, inner, bias_ptr is not None, BENDS, SIGNED) + poison
     sum_u = load_or(sum_u_ptr, 0, vocab * 1.0)
     d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t = statistics(
