@@ -9,48 +9,20 @@
 // scalar half of row_pass.h. Not here: threads and memory (row_group.h), launches.
 #pragma once
 
-#include "row_group.h"
+#include "row_sums.h"
 
 namespace pyoffline {
 namespace gpu {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr float kLowestW = -126.0f;  // 2^w below it is 0 (exp2_flushed)
-constexpr int kStep = 16;            // elements of a thread in one unbroken step
-constexpr int kAhead = 8;            // steps whose copies are in flight
-
-// y = sign (logit + bias), bent = tanh(inner y) or y, w = log2(e) (z - m) = k (bent - offset).
-struct Transform {
-  float sign, inner, k;
-};
-
-// A running fp32 sum with the error of its additions.
-struct Accumulator {
-  float high = 0.0f, low = 0.0f;
-  PYOFFLINE_HD void add(float x) {
-    const float sum = high + x;
-    low += x - (sum - high);
-    high = sum;
-  }
-  PYOFFLINE_HD double total() const {
-    return high - high == 0.0f ? static_cast<double>(high) + low : high;
-  }
-};
-
-struct Partial {
-  Accumulator tail, s, squares, ut, u;
-  float ones = 0.0f;
-};
 
 template <class T, class Out, class Group>
-class RowAlgorithm {
+class RowAlgorithm : private RowSweeps<T, Group> {
  public:
-  static constexpr int kPer = Elements<T>::kPer, kPackets = Elements<T>::kPackets;
   static_assert(sizeof(Out) <= sizeof(T), "a wider dlogits row would overwrite logits in place");
 
   PYOFFLINE_HD RowAlgorithm(Group& group, const RowTask& task, int64_t row)
-      : g_(group), task_(task), args_(task.args), row_(row) {}
+      : Base(group, task, row) {}
 
   PYOFFLINE_HD void run() {
     const int64_t label = args_.labels[row_];
@@ -71,9 +43,9 @@ class RowAlgorithm {
       g_.shared().wants_gap = wants_gap;
     }
     if (is_general) {
-      sum_row<true>();
+      this->template sum_row<true>();
     } else {
-      sum_row<false>();
+      this->template sum_row<false>();
     }
     g_.sync();
     if (warp() == 0 && (g_.block() == 0 || args_.dlogits)) finish();
@@ -86,114 +58,13 @@ class RowAlgorithm {
   }
 
  private:
-  // ---- geometry -------------------------------------------------------------------------------
-  // A thread's packets are its slots: 0 to slots_ - 1 lie threads() apart, and thread 0 of block 0
-  // has two more, the elements before the first and after the last whole packet. Sweeps take
-  // kPackets slots at a time up to whole_, where every thread holds all of them, then one by one.
-  PYOFFLINE_HD void cut_row(bool is_general) {
-    const int run = packets_of_block(), first = g_.block() * run, left = packets() - first;
-    count_ = left < 0 ? 0 : left < run ? left : run;
-    begin_ = head() + first * kPer;
-    source_ = reinterpret_cast<const char*>(logits() + begin_);
-    slots_ = (count_ + g_.threads() - 1) / g_.threads();
-    held_ = count_ <= task_.capacity ? slots_ : task_.capacity / g_.threads();
-    const int unbroken = count_ / g_.threads() < held_ ? count_ / g_.threads() : held_;
-    whole_ = is_general ? 0 : unbroken / kPackets * kPackets;
-    if (g_.thread() == 0) load_edges();
-  }
-
-  // Recomputed where they are needed: registers are scarcer than instructions outside the sweeps.
-  PYOFFLINE_HD int head() const {
-    const int vocab = static_cast<int>(args_.vocab);
-    const uintptr_t past = reinterpret_cast<uintptr_t>(logits()) % 16;
-    const int head = past ? static_cast<int>((16 - past) / sizeof(T)) : 0;
-    return head < vocab ? head : vocab;
-  }
-  PYOFFLINE_HD int packets() const { return (static_cast<int>(args_.vocab) - head()) / kPer; }
-  PYOFFLINE_HD int packets_of_block() const { return (packets() + g_.blocks() - 1) / g_.blocks(); }
-  PYOFFLINE_HD int tail() const {
-    return static_cast<int>(args_.vocab) - head() - packets() * kPer;
-  }
-
-  PYOFFLINE_HD const T* logits() const {
-    return static_cast<const T*>(args_.logits) + row_ * args_.logits_stride;
-  }
-
-  PYOFFLINE_HD void load_edges() {
-    const int vocab = static_cast<int>(args_.vocab);
-    g_.shared().has_edges = g_.block() == 0 && packets() * kPer != vocab;
-    if (!g_.shared().has_edges) return;
-    for (int side = 0; side < 2; ++side) {
-      const int n = side ? tail() : head(), first = side ? vocab - n : 0;
-      Packet packet = lowest_packet<T>();
-      T values[kPer];
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        if (i < n) values[i] = logits()[first + i];
-      }
-      insert(values, n, &packet);
-      g_.shared().edges[side] = packet;
-    }
-  }
-
-  // The first n elements of a packet, by shifts: an indexed copy would go through local memory.
-  PYOFFLINE_HD static void insert(const T* values, int n, Packet* packet) {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      if (i >= n) continue;
-      uint32_t bits = 0;
-      memcpy(&bits, values + i, sizeof(T));
-      if constexpr (sizeof(T) == 4) {
-        packet->words[i] = bits;
-      } else {
-        const uint32_t keep = i % 2 ? 0x0000ffffu : 0xffff0000u;
-        packet->words[i / 2] = (packet->words[i / 2] & keep) | bits << (i % 2 ? 16 : 0);
-      }
-    }
-  }
-
-  PYOFFLINE_HD int end_slot() const {
-    return slots_ + (g_.thread() == 0 && g_.shared().has_edges ? 2 : 0);
-  }
-  PYOFFLINE_HD int packet_index(int slot) const { return slot * g_.threads() + g_.thread(); }
-
-  // First element and number of elements of a slot.
-  PYOFFLINE_HD void span(int slot, int* first, int* n) const {
-    if (slot >= slots_) {
-      *n = slot == slots_ ? head() : tail();
-      *first = slot == slots_ ? 0 : static_cast<int>(args_.vocab) - *n;
-      return;
-    }
-    const int index = packet_index(slot);
-    *first = begin_ + index * kPer;
-    *n = index < count_ ? kPer : 0;
-  }
-
-  // Absent elements are -inf.
-  PYOFFLINE_HD Packet fetch(int slot) const {
-    if (slot >= slots_) return g_.shared().edges[slot - slots_];
-    const int index = packet_index(slot);
-    if (index >= count_) return lowest_packet<T>();
-    if (slot < held_) return load_packet(g_.packets() + index);
-    return load_packet(source_ + int64_t{16} * index);
-  }
-
-  PYOFFLINE_HD Packet fetch_whole(int slot) const {
-    return load_packet(g_.packets() + packet_index(slot));
-  }
-
-  // The copies of kPackets slots, as one group.
-  PYOFFLINE_HD void copy_slots(int slot) {
-    if (slot < held_) {
-#pragma unroll
-      for (int j = 0; j < kPackets; ++j) {
-        const int index = packet_index(slot + j);
-        if (slot + j < held_ && index < count_)
-          g_.copy(g_.packets() + index, source_ + int64_t{16} * index);
-      }
-    }
-    g_.commit();
-  }
+  using Base = RowSweeps<T, Group>;
+  using Base::args_, Base::begin_, Base::count_, Base::g_, Base::held_, Base::kPackets, Base::kPer,
+      Base::offset_, Base::row_, Base::slots_, Base::task_, Base::transform_, Base::whole_;
+  using Base::class_weight, Base::cut_row, Base::describe, Base::end_slot, Base::head, Base::label,
+      Base::lane, Base::logits, Base::ordered, Base::packet_index, Base::packets,
+      Base::packets_of_block, Base::scale_all, Base::slope, Base::span, Base::temperature,
+      Base::warp, Base::warps, Base::widen_whole;
 
   // ---- per-row scalars ------------------------------------------------------------------------
   PYOFFLINE_HD static bool is_zero(const Coefs& c) {
@@ -205,12 +76,6 @@ class RowAlgorithm {
     const float* c = args_.coefs + row_;
     const int64_t n = args_.rows;
     return {0.0f, c[0], c[n], c[2 * n], c[3 * n]};
-  }
-
-  PYOFFLINE_HD int label() const { return static_cast<int>(args_.labels[row_]); }
-
-  PYOFFLINE_HD float temperature() const {
-    return args_.temperature ? args_.temperature[row_] : args_.uniform_temperature;
   }
 
   // Before the first sync: the loads are over when the scalar half needs them, and later another
@@ -226,221 +91,6 @@ class RowAlgorithm {
     keep.label_y = ordered(widen(logits()[label()]), label());
   }
 
-  // z = slope bent
-  PYOFFLINE_HD double slope(double temperature) const {
-    const double outer = args_.softcap != 0.0f ? args_.softcap : args_.logit_scale;
-    return outer == temperature ? 1.0 : fabs(outer / temperature);  // a division less, mostly
-  }
-
-  PYOFFLINE_HD void describe() {
-    const double scale = args_.logit_scale, temperature_of_row = temperature();
-    const bool is_capped = args_.softcap != 0.0f;
-    transform_.inner = is_capped ? static_cast<float>(fabs(scale) / args_.softcap) : 0.0f;
-    transform_.k = static_cast<float>(slope(temperature_of_row) * 1.4426950408889634);
-    transform_.sign = (scale < 0.0) != (temperature_of_row < 0.0) ? -1.0f : 1.0f;
-  }
-
-  template <bool kGeneral>
-  PYOFFLINE_HD float bent(float y) const {
-    return kGeneral && transform_.inner != 0.0f ? tanhf(transform_.inner * y) : y;
-  }
-
-  // ---- sweeps ---------------------------------------------------------------------------------
-  template <bool kGeneral>
-  PYOFFLINE_HD void sum_row() {
-    find_max<kGeneral>();
-    Partial partial;
-    int slot = 0;
-    if (!kGeneral) {
-#pragma unroll 1
-      for (; slot < whole_; slot += kPackets) {
-        float w[kStep];
-        widen_whole(slot, w);
-        scale_all(w);
-        add_values<kStep>(w, slot == peak_, &partial);
-      }
-    }
-#pragma unroll 1
-    for (; slot < end_slot(); ++slot) {
-      float w[kPer];
-      shifted<kGeneral>(slot, w);
-      add_values<kPer>(w, slot == peak_, &partial);
-      if (kGeneral && g_.shared().wants_gap) add_weights(slot, w, &partial);
-    }
-    share_sums<kGeneral>(partial);
-  }
-
-  PYOFFLINE_HD int warp() const { return g_.thread() / Group::kLanes; }
-  PYOFFLINE_HD int lane() const { return g_.thread() % Group::kLanes; }
-  PYOFFLINE_HD int warps() const { return (g_.threads() + Group::kLanes - 1) / Group::kLanes; }
-
-  PYOFFLINE_HD void widen_whole(int slot, float* x) const {
-#pragma unroll
-    for (int j = 0; j < kPackets; ++j) widen_packet(fetch_whole(slot + j), T{}, x + j * kPer);
-  }
-
-  PYOFFLINE_HD void scale_all(float* x) const {
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) x[i] = (x[i] - offset_) * transform_.k;
-  }
-
-  PYOFFLINE_HD float ordered(float x, int index) const {
-    return transform_.sign * (x + (args_.bias ? args_.bias[index] : 0.0f));
-  }
-
-  // y of one slot.
-  template <bool kGeneral>
-  PYOFFLINE_HD void ordered_slot(int slot, float* y) const {
-    widen_packet(fetch(slot), T{}, y);
-    if (!kGeneral) return;
-    int first, n;
-    span(slot, &first, &n);
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) y[i] = i < n ? ordered(y[i], first + i) : -INFINITY;
-  }
-
-  // w of one slot; a softcap would make the -inf of an absent element finite.
-  template <bool kGeneral>
-  PYOFFLINE_HD void shifted(int slot, float* w) const {
-    ordered_slot<kGeneral>(slot, w);
-    int first, n;
-    span(slot, &first, &n);
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      w[i] = (bent<kGeneral>(w[i]) - offset_) * transform_.k;
-      if (kGeneral && i >= n) w[i] = -INFINITY;
-    }
-  }
-
-  // The row's maximum, and this thread's slots that hold it, if any.
-  template <bool kGeneral>
-  PYOFFLINE_HD void find_max() {
-    const int ahead = kGeneral ? held_ : kAhead * kPackets;
-#pragma unroll 1
-    for (int slot = 0; slot < ahead; slot += kPackets) copy_slots(slot);
-    float best = -INFINITY;
-    peak_ = 0;
-    int slot = 0;
-    if (!kGeneral) {
-#pragma unroll 1
-      for (; slot < whole_; slot += kPackets) {
-        g_.template wait_copies<kAhead - 1>();
-        float top = packet_max(fetch_whole(slot), T{});
-#pragma unroll
-        for (int j = 1; j < kPackets; ++j) top = fmaxf(top, packet_max(fetch_whole(slot + j), T{}));
-        raise(top, slot, &best);
-        copy_slots(slot + kAhead * kPackets);
-      }
-    }
-    g_.template wait_copies<0>();
-#pragma unroll 1
-    for (; slot < end_slot(); ++slot) {
-      float y[kPer], top = -INFINITY;
-      ordered_slot<kGeneral>(slot, y);
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) top = fmaxf(top, y[i]);
-      raise(top, slot, &best);
-    }
-    share_max<kGeneral>(best);
-  }
-
-  PYOFFLINE_HD void raise(float top, int slot, float* best) {
-    if (!(top > *best)) return;
-    *best = top;
-    peak_ = slot;
-  }
-
-  template <bool kGeneral>
-  PYOFFLINE_HD void share_max(float own) {
-    const float in_warp = max_of_lanes(own);
-    if (lane() == 0) g_.shared().max[warp()] = in_warp;
-    g_.sync();
-    float best = -INFINITY;
-    for (int i = lane(); i < g_.blocks() * warps(); i += Group::kLanes)
-      best = fmaxf(best, g_.peer(i / warps()).max[i % warps()]);
-    best = max_of_lanes(best);
-    offset_ = bent<kGeneral>(best);
-    if (own != best) peak_ = -1;
-  }
-
-  PYOFFLINE_HD float max_of_lanes(float x) {
-#pragma unroll
-    for (int mask = Group::kLanes / 2; mask; mask /= 2) x = fmaxf(x, g_.shuffle_xor(x, mask));
-    return x;
-  }
-
-  // kCount entries; is_peak: among them is one at the maximum, which is counted apart, so that a
-  // confident row keeps its tail.
-  template <int kCount>
-  PYOFFLINE_HD void add_values(const float* w, bool is_peak, Partial* out) const {
-    float e[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) e[i] = exp2_flushed(w[i]);
-    if (is_peak) {
-      bool is_found = false;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const bool is_one = !is_found && w[i] == 0.0f;
-        if (is_one) e[i] = 0.0f;
-        is_found = is_found || is_one;
-      }
-      if (is_found) out->ones += 1.0f;
-    }
-    float tail[4] = {0, 0, 0, 0}, s[4] = {0, 0, 0, 0}, squares[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      tail[i % 4] += e[i];
-      s[i % 4] = fmaf(e[i], fmaxf(w[i], kLowestW), s[i % 4]);
-      squares[i % 4] = fmaf(e[i], e[i], squares[i % 4]);
-    }
-    out->tail.add((tail[0] + tail[1]) + (tail[2] + tail[3]));
-    out->s.add((s[0] + s[1]) + (s[2] + s[3]));
-    out->squares.add((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  }
-
-  PYOFFLINE_HD float class_weight(int index) const {
-    return args_.class_weight ? args_.class_weight[index] : 1.0f;
-  }
-
-  PYOFFLINE_HD void add_weights(int slot, const float* w, Partial* out) const {
-    int first, n;
-    span(slot, &first, &n);
-    float ut = 0.0f, total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const float u = i < n ? class_weight(first + i) : 0.0f;
-      ut += u == 0.0f ? 0.0f : u * w[i];
-      total += u;
-    }
-    out->ut.add(ut);
-    out->u.add(total);
-  }
-
-  // Warp sums into this block's slots; every lane adds the same pairs in the same order.
-  template <bool kGeneral>
-  PYOFFLINE_HD void share_sums(const Partial& own) {
-    double sums[kSums] = {own.ones,
-                          own.tail.total(),
-                          own.s.total(),
-                          own.squares.total(),
-                          kGeneral ? own.ut.total() : 0.0,
-                          kGeneral ? own.u.total() : 0.0};
-    add_lanes<kGeneral>(sums);
-    if (lane() != 0) return;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) g_.shared().sums[warp()][k] = sums[k];
-  }
-
-  template <bool kGeneral>
-  PYOFFLINE_HD void add_lanes(double* sums) {
-#pragma unroll
-    for (int k = 0; k < (kGeneral ? kSums : kSums - 2); ++k) {
-#pragma unroll
-      for (int mask = Group::kLanes / 2; mask; mask /= 2) sums[k] += g_.shuffle_xor(sums[k], mask);
-    }
-  }
-
-  // The scalar half, by the block's first warp. Each part leaves its results in shared memory, so
   // that none has to keep the others' registers.
   PYOFFLINE_HD void finish() {
     double sums[kSums] = {0, 0, 0, 0, 0, 0};
@@ -449,7 +99,7 @@ class RowAlgorithm {
 #pragma unroll
       for (int k = 0; k < kSums; ++k) sums[k] += slot[k];
     }
-    add_lanes<true>(sums);
+    this->template add_lanes<true>(sums);
     if (lane() == 0) keep_stats(sums);
     g_.warp_sync();
     if (lane() == 0) keep_coefs();
@@ -460,7 +110,7 @@ class RowAlgorithm {
   PYOFFLINE_HD void keep_stats(const double* sums) const {
     RowScalars& keep = g_.shared().scalars;
     const double slope_of_row = slope(keep.temperature);
-    const float label_bent = bent<true>(keep.label_y);
+    const float label_bent = this->template bent<true>(keep.label_y);
     RowSums& row = keep.sums;
     row.y_max = row.offset = offset_;
     row.m = slope_of_row * static_cast<double>(offset_);
@@ -559,7 +209,7 @@ class RowAlgorithm {
 #pragma unroll 1
     for (; slot < end_slot(); ++slot) {
       float dz[kPer];
-      ordered_slot<kGeneral>(slot, dz);
+      this->template ordered_slot<kGeneral>(slot, dz);
       int first, n;
       span(slot, &first, &n);
       full_gradient<kGeneral, kSimple>(c, first, n, dz);
@@ -576,7 +226,7 @@ class RowAlgorithm {
     const float from_pw = static_cast<float>(kLn2 * c.from_pt);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
-      const float bend = bent<kGeneral>(dz[i]);
+      const float bend = this->template bent<kGeneral>(dz[i]);
       const float w = (bend - offset_) * transform_.k, e = exp2_flushed(w);
       float value = c.from_p;
       if (!kSimple && from_pw != 0.0f) value = fmaf(-from_pw, fmaxf(w, kLowestW), value);
@@ -644,17 +294,6 @@ class RowAlgorithm {
       g_.publish(task_.bad_label,
                  static_cast<int64_t>(static_cast<uint64_t>(label) << 32 | (row_ & 0xffffffff)));
   }
-
-  Group& g_;
-  const RowTask& task_;
-  const RowArgs& args_;
-  const int64_t row_;
-  int begin_ = 0, count_ = 0;             // first element and number of packets of this block
-  int slots_ = 0, held_ = 0, whole_ = 0;  // of this thread; those in the row memory; taken together
-  const char* source_ = nullptr;          // this block's first packet
-  int peak_ = 0;                          // the slot that holds the maximum, or -1
-  float offset_ = 0.0f;
-  Transform transform_{};
 };
 
 }  // namespace gpu
