@@ -1,6 +1,6 @@
 """The CUDA row algorithm on CPU threads (tests/cuda_host), called like `_C.row_pass`.
 
-`row_pass(logits, labels, blocks=4, threads=8, **keywords)` takes the keywords of `_C.row_pass` but
+`row_pass(logits, labels, blocks=4, threads=None, **keywords)` takes the keywords of `_C.row_pass` but
 `threads`, which here is the size of a block, and `capacity`: packets of row memory of one block
 (None: the whole row is on chip).
 """
@@ -120,9 +120,10 @@ _OUTPUTS = ("loss", "logps", "entropy", "lse", "gap", "log_sum_p2", "coefs_out")
 _SCALARS = ("softcap", "logit_scale", "uniform_temperature", "grad_scale", "ignore_index")
 
 
-def row_pass(logits, labels, *, blocks=4, threads=8, capacity=None, **keywords):
+def row_pass(logits, labels, *, blocks=4, threads=None, capacity=None, **keywords):
     """`_C.row_pass` on CPU tensors by a cluster of CPU threads."""
     lib, task = library(), RowTask()
+    threads = threads or (8 if blocks <= 2 else 4)
     args, extras = task.args, list(keywords.pop("extras", ()))
     args.logits, args.logits_type = logits.data_ptr(), DTYPES[logits.dtype]
     args.rows, args.vocab = logits.shape

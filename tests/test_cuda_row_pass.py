@@ -104,7 +104,7 @@ def test_n1_statistics_and_gradient_on_ragged_vocabularies(dtype, blocks):
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(151936, BF16), (262147, F32), (262147, F16)])
 def test_n1_large_vocabularies_by_eight_blocks(vocab, dtype):
-    check(*draw(1, vocab, dtype, 5), blocks=8, threads=16)
+    check(*draw(1, vocab, dtype, 5), blocks=8, threads=8)
 
 
 @pytest.mark.parametrize("capacity", [None, 0, 64])

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <string>
 
-#include "row_group.h"
-#include "row_plan.h"
+#include "../row_args.h"
+#include "limits.h"
 
 namespace pyoffline {
 namespace gpu {

@@ -22,6 +22,7 @@
 
 #include "../row_pass.h"
 #include "elements.h"
+#include "limits.h"
 
 namespace pyoffline {
 namespace gpu {
@@ -29,8 +30,6 @@ namespace gpu {
 constexpr int kMaxWarps = 32;  // of a block
 constexpr int kMaxBlocks = 8;  // of a cluster that every device of compute capability 9 takes
 constexpr int kSums = 6;       // ones, tail, s, squares, ut, u
-constexpr int kMaxTerms = 16;  // of a program: they travel as kernel parameters
-constexpr int kMaxExtras = 16;
 
 // What the scalar half reads of a row: kept in memory, not in every thread's registers.
 struct RowScalars {

@@ -13,6 +13,7 @@
 #include "cuda_group.h"
 #include "launch.h"
 #include "row_algorithm.h"
+#include "row_plan.h"
 
 namespace pyoffline {
 namespace gpu {

@@ -15,11 +15,6 @@
 namespace pyoffline {
 namespace gpu {
 
-struct DeviceLimits {
-  int capability;        // 10 * major + minor
-  int64_t shared_bytes;  // of one block, opted in
-};
-
 struct RowPlan {
   int blocks, threads;
   int64_t capacity;  // packets of row memory of one block
