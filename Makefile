@@ -11,7 +11,7 @@ TORCH ?= $(or $(PYOFFLINE_TORCH),torch==2.13.0)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.pyoffline-installed
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp)
+CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cuda_host/*.h tests/cuda_host/*.cpp)
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test lint bench sanitize fuzz teeth triton-table install clean
@@ -33,6 +33,7 @@ lint: install
 
 sanitize: install
 	bash tests/cpp/sanitize.sh build/sanitize $(abspath $(BIN)/python)
+	bash tests/cuda_host/sanitize.sh build/sanitize-cuda
 
 fuzz: install
 	$(BIN)/python tests/fuzz_bindings.py --count 100000 --seed $${SEED:-0}

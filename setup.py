@@ -47,14 +47,14 @@ ISA_FLAGS = {
     "row_pass_avx512.cpp": AVX512,
 }
 EXTRA_FLAGS = shlex.split(os.environ.get("PYOFFLINE_CXXFLAGS", ""))
-NVCC_FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_90,code=compute_90",
-]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# Machine code for A100, H100/H200 and B200; the rest gets the PTX of the last but one.
+NVCC_TARGETS = {
+    "compute_80": "sm_80",
+    "compute_90a": "sm_90a",
+    "compute_100a": "sm_100a",
+    "compute_90": "compute_90",
+}
 
 
 def relative(paths):
@@ -69,6 +69,33 @@ def cpp_sources():
 def find_nvcc():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def nvcc_output(nvcc, *args):
+    # nvcc is the user's own compiler and the arguments are this file's.
+    result = subprocess.run([nvcc, *args], check=True, capture_output=True, text=True)  # noqa: S603
+    return result.stdout + result.stderr
+
+
+def nvcc_targets(nvcc):
+    """-gencode flags for those of NVCC_TARGETS that this toolkit knows."""
+    known = nvcc_output(nvcc, "--list-gpu-arch").split()
+    return [
+        f"-gencode=arch={arch},code={code}"
+        for arch, code in NVCC_TARGETS.items()
+        if arch.removesuffix("a") in known
+    ]
+
+
+def cudart_folder(nvcc):
+    """The folder of libcudart_static.a: nvcc may be a wrapper, so it is asked where it lives."""
+    plan = nvcc_output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
+    [top] = [line.split("=", 1)[1] for line in plan.splitlines() if line.startswith("#$ TOP=")]
+    target = f"{platform.machine().lower()}-linux"
+    for folder in ("lib64", f"targets/{target}/lib", "targets/sbsa-linux/lib", "lib"):
+        if (Path(top) / folder / "libcudart_static.a").exists():
+            return str((Path(top) / folder).resolve())
+    raise FileNotFoundError(f"there is no libcudart_static.a under {top}")
 
 
 def stale(target, inputs):
@@ -89,7 +116,9 @@ class BuildExt(build_ext):
         def compile_all(sources, *, extra_postargs=None, **kwargs):
             def job(source):
                 [target] = self.compiler.object_filenames([source], output_dir=self.build_temp)
-                if not stale(target, [source, *ext.depends, __file__]):
+                # bind_cuda.cpp has another text with CUDA than without
+                is_fixed = Path(source).name != "bind_cuda.cpp"
+                if is_fixed and not stale(target, [source, *ext.depends, __file__]):
                     return [target]
                 flags = ISA_FLAGS.get(Path(source).name, [])
                 return compile_one(
@@ -117,22 +146,26 @@ class BuildExt(build_ext):
             lacks = "nvcc on PATH or in CUDA_HOME" if sources else "sources in csrc/cuda"
             raise RuntimeError(f"PYOFFLINE_CUDA=1, but there is no {lacks}")
         try:
-            objects = [self.compile_cuda(nvcc, source) for source in sources]
-        except subprocess.CalledProcessError as error:
+            objects = [self.compile_cuda(nvcc, source, ext.depends) for source in sources]
+            folder = cudart_folder(nvcc)
+        except (subprocess.CalledProcessError, OSError) as error:
             if wish == "1":
                 raise
             warnings.warn(f"pyoffline is built without CUDA: {error}", stacklevel=2)
             return
         ext.extra_objects.extend(objects)
         ext.define_macros.append(("PYOFFLINE_WITH_CUDA", "1"))
-        ext.library_dirs.append(str(Path(nvcc).parents[1] / "lib64"))
+        ext.library_dirs.append(folder)
         ext.libraries.extend(["cudart_static", "dl", "rt"])
 
-    def compile_cuda(self, nvcc, source):
+    def compile_cuda(self, nvcc, source, depends):
         target = Path(self.build_temp) / f"{source}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
-        # nvcc is the user's own compiler and the arguments are this file's.
-        subprocess.run([nvcc, *NVCC_FLAGS, "-c", source, "-o", str(target)], check=True)  # noqa: S603
+        if stale(target, [source, *depends, __file__]):
+            jobs = f"--threads={self.parallel or os.cpu_count()}"
+            flags = [*NVCC_FLAGS, *nvcc_targets(nvcc), jobs]
+            # The user's own compiler again; its messages go to the terminal.
+            subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], check=True)  # noqa: S603
         return str(target)
 
 

@@ -5,10 +5,10 @@
 #include <cmath>
 #include <vector>
 
-#include "bind_row_args.h"
 #include "bindings.h"
 #include "cpu/dispatch.h"
 #include "distill_args.h"
+#include "row_call.h"
 
 namespace pyoffline {
 

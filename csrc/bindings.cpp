@@ -111,6 +111,7 @@ PYBIND11_MODULE(_C, module) {
   using namespace pyoffline;
   module.doc() = "CPU kernels of pyoffline; the contract is in docs/internals.md.";
   bind_row_pass(module);
+  bind_cuda(module);
   bind_gemm(module);
   bind_distill(module);
   bind_small(module);

@@ -100,7 +100,18 @@ void CallArgs::fail_type(const std::string& name, const std::string& expected, p
                        type_name(got) + "; " + advice);
 }
 
-TensorArg CallArgs::read(py::handle object, const std::string& name) const {
+void CallArgs::check_device(const TensorArg& arg) {
+  auto text = [](int device) {
+    return device == kHost ? std::string("cpu") : "cuda:" + std::to_string(device);
+  };
+  if (device_ == kFirstDevice && arg.device != kHost) device_ = arg.device;
+  if (arg.device == device_) return;
+  const std::string wanted = device_ == kFirstDevice ? "a CUDA device" : text(device_);
+  fail(arg.name, "a tensor on " + wanted, "device " + text(arg.device),
+       device_ == kHost ? "move it with .cpu()" : "move it with .to(device)");
+}
+
+TensorArg CallArgs::read(py::handle object, const std::string& name) {
   TensorArg arg;
   bool tensor = false;
   try {
@@ -113,6 +124,7 @@ TensorArg CallArgs::read(py::handle object, const std::string& name) const {
               object.is_none() ? "this argument is required" : "convert it first");
   arg.name = name;
   arg.given = true;
+  check_device(arg);
   // An empty tensor has no memory, and null means absent further down.
   static double nothing = 0;
   if (!arg.data && arg.numel() == 0) arg.data = &nothing;

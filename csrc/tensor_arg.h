@@ -35,6 +35,10 @@ enum Kind : unsigned {
 // A size that is read, not demanded.
 constexpr int64_t kAny = -1;
 
+// Where a call's tensors must be: a CUDA device's index, the CPU, or the device of the first one.
+constexpr int kHost = -1;
+constexpr int kFirstDevice = -2;
+
 struct TensorArg {
   std::string name;
   void* data = nullptr;  // null: the argument is None
@@ -43,6 +47,7 @@ struct TensorArg {
   int64_t shape[2] = {0, 0};
   int64_t stride[2] = {0, 0};  // elements
   bool writable = true;
+  int device = kHost;  // or the index of a CUDA device
   uintptr_t storage_begin = 0, storage_end = 0;
   bool given = false;
 
@@ -58,8 +63,25 @@ struct TensorArg {
 
 class CallArgs {
  public:
-  explicit CallArgs(const char* function) : function_(function) {}
+  explicit CallArgs(const char* function, int device = kHost)
+      : function_(function), device_(device) {}
   const std::string& function() const { return function_; }
+  int device() const { return device_; }
+
+  // What is read inside this scope must be on the CPU.
+  class HostScope {
+   public:
+    explicit HostScope(CallArgs& call) : call_(call), before_(call.device_) {
+      call.device_ = kHost;
+    }
+    ~HostScope() { call_.device_ = before_; }
+    HostScope(const HostScope&) = delete;
+    HostScope& operator=(const HostScope&) = delete;
+
+   private:
+    CallArgs& call_;
+    int before_;
+  };
 
   // Rank = number of sizes; the last dimension must have unit stride, and a [n] array is
   // contiguous. A matrix may have any row stride (of at least its row length where `blas` or an
@@ -91,7 +113,8 @@ class CallArgs {
                               const std::string& advice) const;
 
  private:
-  TensorArg read(py::handle object, const std::string& name) const;
+  TensorArg read(py::handle object, const std::string& name);
+  void check_device(const TensorArg& arg);
   void check_kind(const TensorArg& arg, unsigned kinds) const;
   void check(const TensorArg& arg, unsigned kinds, std::initializer_list<int64_t> sizes) const;
   void check_dense(const TensorArg& arg) const;
@@ -100,6 +123,7 @@ class CallArgs {
   bool in_place_pair(const TensorArg& output, const TensorArg& input) const;
 
   std::string function_;
+  int device_;
   std::vector<TensorArg> inputs_, outputs_;
   std::pair<std::string, std::string> in_place_;
 };

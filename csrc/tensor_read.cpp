@@ -101,9 +101,13 @@ void read_plain_torch(const TorchApi& api, py::handle object, TensorArg& arg) {
   if (!layout.is(api.strided) || object.attr("is_nested").cast<bool>())
     throw ReadError{"a strided tensor", "layout " + std::string(py::str(layout)),
                     "convert it to a dense tensor"};
-  const std::string device = py::str(object.attr("device").attr("type"));
-  if (device != "cpu")
-    throw ReadError{"a tensor on cpu", "device " + device, "move it with .cpu()"};
+  const py::object device = object.attr("device");
+  const std::string kind = py::str(device.attr("type"));
+  if (kind == "cuda") {
+    arg.device = device.attr("index").cast<int>();
+  } else if (kind != "cpu") {
+    throw ReadError{"a tensor on cpu or cuda", "device " + kind, "move it with .cpu()"};
+  }
   const py::object dtype = object.attr("dtype");
   bool known = false;
   for (const auto& [python, kind] : api.kinds)

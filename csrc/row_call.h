@@ -1,5 +1,6 @@
-// The arguments of a row pass as Python gives them; reading them is shared by row_pass, score_rows
-// and distill_row_pass. Not here: the checks of one tensor (tensor_arg.h).
+// The arguments of one row pass, read from Python keywords and checked: shared by row_pass,
+// score_rows, distill_row_pass and the CUDA binding. Nothing is written here. Not here: the checks
+// of one tensor (tensor_arg.h).
 #pragma once
 
 #include <set>
@@ -43,6 +44,7 @@ class Keywords {
 
 // What RowArgs points into: kept for the length of the call.
 struct RowCall {
+  explicit RowCall(CallArgs arguments) : call(std::move(arguments)) {}
   explicit RowCall(const char* function) : call(function) {}
   CallArgs call;
   RowArgs args{};
@@ -63,5 +65,11 @@ void check_labels(RowCall& row, const int64_t* labels);
 
 // Only a list or tuple: iterating over an array would read whatever its strides say.
 py::tuple tuple_arg(const CallArgs& call, py::handle object, const std::string& name);
+
+// Everything but labels, threads and what only one backend knows.
+void read_row_call(RowCall& row, py::handle logits, Keywords& keywords);
+
+// name -> code of every objective function that the row pass knows.
+const std::vector<std::pair<std::string, int>>& row_codes();
 
 }  // namespace pyoffline

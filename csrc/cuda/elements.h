@@ -1,0 +1,237 @@
+// 16 bytes of a row of logits as fp32 values, and back: the only place that knows dtypes and
+// intrinsics.
+//
+// Every function has a device text and a host text of the same meaning; tests/cuda_host runs the
+// host one. NaN: widen keeps it, packet_max passes it over (the sums carry it), narrow keeps it.
+#pragma once
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+#include "../cpu/half_bits.h"
+#include "../objectives.h"
+
+namespace pyoffline {
+namespace gpu {
+
+struct alignas(16) Packet {
+  uint32_t words[4];
+};
+
+template <class T>
+struct Elements {
+  static constexpr int kPer = 16 / static_cast<int>(sizeof(T));  // elements of a packet
+  // A thread's share of one step: 16 elements, whatever the dtype.
+  static constexpr int kPackets = 16 / kPer;
+};
+
+// The word that holds -inf in every element.
+template <class T>
+PYOFFLINE_HD constexpr uint32_t lowest_word();
+template <>
+PYOFFLINE_HD constexpr uint32_t lowest_word<float>() {
+  return 0xff800000u;
+}
+template <>
+PYOFFLINE_HD constexpr uint32_t lowest_word<bf16>() {
+  return 0xff80ff80u;
+}
+template <>
+PYOFFLINE_HD constexpr uint32_t lowest_word<f16>() {
+  return 0xfc00fc00u;
+}
+
+template <class T>
+PYOFFLINE_HD inline Packet lowest_packet() {
+  constexpr uint32_t w = lowest_word<T>();
+  return {{w, w, w, w}};
+}
+
+PYOFFLINE_HD inline float float_bits(uint32_t u) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(u);
+#else
+  return float_of(u);
+#endif
+}
+
+PYOFFLINE_HD inline float widen(float x) { return x; }
+PYOFFLINE_HD inline float widen(bf16 x) { return float_bits(static_cast<uint32_t>(x.bits) << 16); }
+PYOFFLINE_HD inline float widen(f16 x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  return to_float(x);
+#endif
+}
+
+PYOFFLINE_HD inline void widen_packet(const Packet& packet, float, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = float_bits(packet.words[i]);
+}
+PYOFFLINE_HD inline void widen_packet(const Packet& packet, bf16, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = float_bits(packet.words[i] << 16);
+    out[2 * i + 1] = float_bits(packet.words[i] & 0xffff0000u);
+  }
+}
+PYOFFLINE_HD inline void widen_packet(const Packet& packet, f16, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = widen(f16{static_cast<uint16_t>(packet.words[i] & 0xffffu)});
+    out[2 * i + 1] = widen(f16{static_cast<uint16_t>(packet.words[i] >> 16)});
+  }
+}
+
+// Rounds to nearest even.
+PYOFFLINE_HD inline void narrow(float x, float* out) { *out = x; }
+PYOFFLINE_HD inline void narrow(float x, bf16* out) {
+#ifdef __CUDA_ARCH__
+  out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
+  from_float(x, out);
+#endif
+}
+PYOFFLINE_HD inline void narrow(float x, f16* out) {
+#ifdef __CUDA_ARCH__
+  out->bits = __half_as_ushort(__float2half_rn(x));
+#else
+  from_float(x, out);
+#endif
+}
+
+// Two elements as one word, the first one low.
+PYOFFLINE_HD inline uint32_t narrow_pair(float low, float high, bf16) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  bf16 pair[2];
+  from_float(low, pair);
+  from_float(high, pair + 1);
+  return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+#endif
+}
+PYOFFLINE_HD inline uint32_t narrow_pair(float low, float high, f16) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  f16 pair[2];
+  from_float(low, pair);
+  from_float(high, pair + 1);
+  return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+#endif
+}
+
+PYOFFLINE_HD inline float larger(float a, float b) { return a > b ? a : b; }  // b where a is NaN
+
+// The largest element, -inf if all are NaN.
+PYOFFLINE_HD inline float packet_max(const Packet& packet, float) {
+  float best = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) best = fmaxf(best, float_bits(packet.words[i]));
+  return best;
+}
+PYOFFLINE_HD inline float packet_max(const Packet& packet, bf16 tag) {
+#ifdef __CUDA_ARCH__
+  (void)tag;
+  __nv_bfloat162 pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) memcpy(pairs + i, packet.words + i, 4);
+  const __nv_bfloat162 best =
+      __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));  // drops NaN
+  return fmaxf(-INFINITY, fmaxf(__low2float(best), __high2float(best)));
+#else
+  float values[8], best = -INFINITY;
+  widen_packet(packet, tag, values);
+  for (float x : values) best = larger(x, best);
+  return best;
+#endif
+}
+PYOFFLINE_HD inline float packet_max(const Packet& packet, f16 tag) {
+#ifdef __CUDA_ARCH__
+  (void)tag;
+  __half2 pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) memcpy(pairs + i, packet.words + i, 4);
+  const __half2 best = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
+  return fmaxf(-INFINITY, fmaxf(__low2float(best), __high2float(best)));
+#else
+  float values[8], best = -INFINITY;
+  widen_packet(packet, tag, values);
+  for (float x : values) best = larger(x, best);
+  return best;
+#endif
+}
+
+// 2^w for w <= 1; a result below FLT_MIN is 0, NaN stays NaN. Relative error below 2^-22.
+PYOFFLINE_HD inline float exp2_flushed(float w) {
+#ifdef __CUDA_ARCH__
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(w));
+  return e;
+#else
+  const float e = exp2f(w);
+  return e < FLT_MIN ? 0.0f : e;
+#endif
+}
+
+PYOFFLINE_HD inline Packet load_packet(const void* at) {
+#ifdef __CUDA_ARCH__
+  const uint4 word = *static_cast<const uint4*>(at);
+  return {{word.x, word.y, word.z, word.w}};
+#else
+  Packet packet;
+  memcpy(&packet, at, sizeof(packet));
+  return packet;
+#endif
+}
+
+PYOFFLINE_HD inline void store_packet(const Packet& packet, void* at) {
+#ifdef __CUDA_ARCH__
+  *static_cast<uint4*>(at) =
+      make_uint4(packet.words[0], packet.words[1], packet.words[2], packet.words[3]);
+#else
+  memcpy(at, &packet, sizeof(packet));
+#endif
+}
+
+// kCount values at `out`, whose address is a multiple of their size.
+template <int kCount, class Out>
+PYOFFLINE_HD inline void store_aligned(const float* values, Out* out) {
+  if constexpr (sizeof(Out) == 4) {
+    Packet packet;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) memcpy(packet.words + i, values + i, 4);
+    store_packet(packet, out);
+  } else if constexpr (kCount == 8) {
+    Packet packet;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packet.words[i] = narrow_pair(values[2 * i], values[2 * i + 1], Out{});
+    store_packet(packet, out);
+  } else {
+    const uint32_t low = narrow_pair(values[0], values[1], Out{});
+    const uint32_t high = narrow_pair(values[2], values[3], Out{});
+#ifdef __CUDA_ARCH__
+    *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
+#else
+    const uint32_t words[2] = {low, high};
+    memcpy(out, words, sizeof(words));
+#endif
+  }
+}
+
+}  // namespace gpu
+}  // namespace pyoffline

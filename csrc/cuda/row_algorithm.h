@@ -1,0 +1,300 @@
+// The row pass of one row by a group of threads: maximum, sums, objective, gradient.
+//
+// The row is cut into packets of 16 bytes, block b of the group takes an equal run of them, thread
+// i every threads()-th. A thread copies its packets to the block's memory, sweeps them there three
+// times (maximum, sums, gradient) and writes the gradient's packets where they belong: each logit
+// is read from global memory once. What does not fit (row_plan.h) is read again by each sweep,
+// from L2 if it is still there. Sums: 16 elements in fp32, compensated over a thread's share, fp64
+// from there on, always in the same order. Between the sweeps one warp of each block runs the fp64
+// scalar half of row_pass.h. Not here: threads and memory (row_group.h), launches.
+#pragma once
+
+#include "row_sums.h"
+
+namespace pyoffline {
+namespace gpu {
+
+constexpr double kLn2 = 0.6931471805599453;
+
+template <class T, class Out, class Group>
+class RowAlgorithm : private RowSweeps<T, Group> {
+ public:
+  static_assert(sizeof(Out) <= sizeof(T), "a wider dlogits row would overwrite logits in place");
+
+  PYOFFLINE_HD RowAlgorithm(Group& group, const RowTask& task, int64_t row)
+      : Base(group, task, row) {}
+
+  PYOFFLINE_HD void run() {
+    const int64_t label = args_.labels[row_];
+    const float weight = args_.weights ? args_.weights[row_] : 1.0f;
+    if (label == args_.ignore_index || weight == 0.0f) return fill_row(0.0f, RowStats{}, Coefs{});
+    if (label < 0 || label >= args_.vocab) return mark_bad_label(label);
+    const Coefs coefs = given_coefs();
+    if (args_.coefs && is_zero(coefs) && !task_.writes_stats)
+      return fill_row(0.0f, RowStats{}, Coefs{});
+    const bool wants_gap = task_.wants_gap || coefs.e != 0.0f;
+    describe();
+    const bool is_general =
+        args_.bias || transform_.sign < 0.0f || transform_.inner != 0.0f || wants_gap;
+    cut_row(is_general);
+    if (g_.thread() == 0) {
+      keep_scalars(weight, coefs);
+      g_.shared().is_general = is_general;
+      g_.shared().wants_gap = wants_gap;
+    }
+    if (is_general) {
+      this->template sum_row<true>();
+    } else {
+      this->template sum_row<false>();
+    }
+    g_.sync();
+    if (warp() == 0 && (g_.block() == 0 || args_.dlogits)) finish();
+    g_.arrive();
+    if (args_.dlogits) {
+      g_.block_sync();
+      write_gradient();
+    }
+    g_.wait();  // a block's slots live until every peer has read them
+  }
+
+ private:
+  using Base = RowSweeps<T, Group>;
+  using Base::args_, Base::begin_, Base::count_, Base::g_, Base::held_, Base::kPackets, Base::kPer,
+      Base::offset_, Base::row_, Base::slots_, Base::task_, Base::transform_, Base::whole_;
+  using Base::class_weight, Base::cut_row, Base::describe, Base::end_slot, Base::head, Base::label,
+      Base::lane, Base::logits, Base::ordered, Base::packet_index, Base::packets,
+      Base::packets_of_block, Base::scale_all, Base::slope, Base::span, Base::temperature,
+      Base::warp, Base::warps, Base::widen_whole;
+
+  // ---- per-row scalars ------------------------------------------------------------------------
+  PYOFFLINE_HD static bool is_zero(const Coefs& c) {
+    return c.a == 0.0f && c.b == 0.0f && c.c == 0.0f && c.e == 0.0f;
+  }
+
+  PYOFFLINE_HD Coefs given_coefs() const {
+    if (!args_.coefs) return Coefs{};
+    const float* c = args_.coefs + row_;
+    const int64_t n = args_.rows;
+    return {0.0f, c[0], c[n], c[2 * n], c[3 * n]};
+  }
+
+  // Before the first sync: the loads are over when the scalar half needs them, and later another
+  // block may have overwritten the label's logit.
+  PYOFFLINE_HD void keep_scalars(float weight, const Coefs& coefs) const {
+    auto at = [this](const float* x) { return x ? x[row_] : NAN; };
+    RowScalars& keep = g_.shared().scalars;
+    keep.token = {NAN,           NAN,          NAN,           NAN,
+                  at(args_.old), at(args_.mu), at(args_.ref), args_.adv ? args_.adv[row_] : 1.0f};
+    keep.coefs = coefs;
+    keep.weight = weight;
+    keep.temperature = temperature();
+    keep.label_y = ordered(widen(logits()[label()]), label());
+  }
+
+  // that none has to keep the others' registers.
+  PYOFFLINE_HD void finish() {
+    double sums[kSums] = {0, 0, 0, 0, 0, 0};
+    for (int i = lane(); i < g_.blocks() * warps(); i += Group::kLanes) {
+      const double* slot = g_.peer(i / warps()).sums[i % warps()];
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) sums[k] += slot[k];
+    }
+    this->template add_lanes<true>(sums);
+    if (lane() == 0) keep_stats(sums);
+    g_.warp_sync();
+    if (lane() == 0) keep_coefs();
+    g_.warp_sync();
+    if (lane() == 0 && args_.dlogits) keep_gradient();
+  }
+
+  PYOFFLINE_HD void keep_stats(const double* sums) const {
+    RowScalars& keep = g_.shared().scalars;
+    const double slope_of_row = slope(keep.temperature);
+    const float label_bent = this->template bent<true>(keep.label_y);
+    RowSums& row = keep.sums;
+    row.y_max = row.offset = offset_;
+    row.m = slope_of_row * static_cast<double>(offset_);
+    row.t_label = static_cast<float>(slope_of_row * static_cast<double>(label_bent - offset_));
+    row.damp_label = transform_.inner != 0.0f ? 1.0f - label_bent * label_bent : 1.0f;
+    row.ones = sums[0];
+    row.tail = sums[1];
+    row.s = kLn2 * sums[2];
+    row.tail_squares = sums[3];
+    row.sum_ut = kLn2 * sums[4];
+    keep.sum_u = args_.class_weight ? sums[5] : static_cast<double>(args_.vocab);
+    keep.stats = finish_stats(row, args_.vocab, keep.sum_u);
+  }
+
+  PYOFFLINE_HD void keep_coefs() const {
+    RowScalars& keep = g_.shared().scalars;
+    if (!args_.coefs) keep.coefs = evaluate(keep.token, keep.stats);
+    if (g_.block() == 0) write_scalars(keep.stats, keep.coefs);
+    g_.shared().is_silent = is_zero(keep.coefs);
+  }
+
+  PYOFFLINE_HD void keep_gradient() const {
+    const RowScalars& keep = g_.shared().scalars;
+    const double scale = task_.scale ? *task_.scale : 1.0;
+    const double factor = scale * keep.weight * args_.grad_scale * args_.logit_scale /
+                          static_cast<double>(keep.temperature);
+    const double vocab = static_cast<double>(args_.vocab);
+    g_.shared().gradient =
+        gradient_constants(keep.coefs, keep.sums, keep.stats, factor, args_.vocab,
+                           keep.sum_u / vocab, static_cast<double>(class_weight(label())));
+  }
+
+  PYOFFLINE_HD Coefs evaluate(TokenIn token, const RowStats& stats) const {
+    token.logp = stats.logp;
+    token.entropy = stats.entropy;
+    token.lse = stats.lse;
+    token.gap = stats.gap;
+    return evaluate_program(task_.terms, args_.n_terms, token, task_.extras, row_);
+  }
+
+  PYOFFLINE_HD void write_scalars(const RowStats& stats, const Coefs& coefs) const {
+    if (args_.logps) args_.logps[row_] = stats.logp;
+    if (args_.entropy) args_.entropy[row_] = stats.entropy;
+    if (args_.lse) args_.lse[row_] = stats.lse;
+    if (args_.gap) args_.gap[row_] = stats.gap;
+    if (args_.log_sum_p2) args_.log_sum_p2[row_] = stats.log_sum_p2;
+    if (args_.is_top1) args_.is_top1[row_] = stats.is_top1;
+    if (args_.loss) args_.loss[row_] = coefs.loss;
+    if (!args_.coefs_out) return;
+    float* out = args_.coefs_out + row_;
+    out[0] = coefs.a;
+    out[args_.rows] = coefs.b;
+    out[2 * args_.rows] = coefs.c;
+    out[3 * args_.rows] = coefs.e;
+  }
+
+  // ---- gradient -------------------------------------------------------------------------------
+  PYOFFLINE_HD Out* dlogits_row() const {
+    return static_cast<Out*>(args_.dlogits) + row_ * args_.dlogits_stride;
+  }
+
+  PYOFFLINE_HD void write_gradient() {
+    const RowGradient c = g_.shared().gradient;
+    if (g_.shared().is_silent) return fill(0.0f);
+    if (c.is_nan) return fill(NAN);
+    const bool is_finite = c.from_p - c.from_p == 0.0f;
+    if (g_.shared().is_general) {
+      store_gradient<true, false>(c);
+    } else if (is_finite && c.from_pt == 0.0f && c.from_u == 0.0f) {
+      store_gradient<false, true>(c);
+    } else {
+      store_gradient<false, false>(c);
+    }
+  }
+
+  template <bool kGeneral, bool kSimple>
+  PYOFFLINE_HD void store_gradient(const RowGradient& c) {
+    Out* out = dlogits_row();
+    const uintptr_t start = reinterpret_cast<uintptr_t>(out + head());
+    const bool is_aligned = start % (kPer * sizeof(Out)) == 0;
+    int slot = 0;
+    if (kSimple && is_aligned) {
+      Out* first = out + begin_;
+#pragma unroll 1
+      for (; slot < whole_; slot += kPackets) {
+        float dz[kStep];
+        widen_whole(slot, dz);
+        scale_all(dz);
+#pragma unroll
+        for (int i = 0; i < kStep; ++i) dz[i] = exp2_flushed(dz[i]) * c.from_p;
+#pragma unroll
+        for (int j = 0; j < kPackets; ++j)
+          store_aligned<kPer>(dz + j * kPer, first + int64_t{kPer} * packet_index(slot + j));
+      }
+    }
+#pragma unroll 1
+    for (; slot < end_slot(); ++slot) {
+      float dz[kPer];
+      this->template ordered_slot<kGeneral>(slot, dz);
+      int first, n;
+      span(slot, &first, &n);
+      full_gradient<kGeneral, kSimple>(c, first, n, dz);
+      // narrower elements land on logits that other threads of this slot have yet to read
+      if (task_.is_narrowing && slot >= held_ && slot < slots_) g_.block_sync();
+      store_slot(dz, n, is_aligned, out + first);
+    }
+    if (owns_label()) narrow(c.at_label, out + label());
+  }
+
+  // Any coefficients: a product with p_v = 0 is 0 by selection, also where a coefficient is inf.
+  template <bool kGeneral, bool kSimple>
+  PYOFFLINE_HD void full_gradient(const RowGradient& c, int first, int n, float* dz) const {
+    const float from_pw = static_cast<float>(kLn2 * c.from_pt);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const float bend = this->template bent<kGeneral>(dz[i]);
+      const float w = (bend - offset_) * transform_.k, e = exp2_flushed(w);
+      float value = c.from_p;
+      if (!kSimple && from_pw != 0.0f) value = fmaf(-from_pw, fmaxf(w, kLowestW), value);
+      value = kSimple || e != 0.0f ? e * value : 0.0f;
+      if (!kSimple && c.from_u != 0.0f && i < n) {
+        const float u = class_weight(first + i);
+        value -= u == 0.0f ? 0.0f : c.from_u * u;
+      }
+      if (kGeneral && transform_.inner != 0.0f) {
+        const float damp = 1.0f - bend * bend;
+        value = damp == 0.0f ? 0.0f : value * damp;
+      }
+      dz[i] = value;
+    }
+  }
+
+  PYOFFLINE_HD void store_slot(const float* dz, int n, bool is_aligned, Out* out) const {
+    if (n == kPer && is_aligned) {
+      store_aligned<kPer>(dz, out);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (i < n) narrow(dz[i], out + i);
+    }
+  }
+
+  // Whether this thread wrote the label's element (and may now write it again).
+  PYOFFLINE_HD bool owns_label() const {
+    const int past = label() - head(), run = packets_of_block();
+    if (past < 0 || past >= packets() * kPer) return g_.block() == 0 && g_.thread() == 0;
+    const int packet = past / kPer;
+    return packet / run == g_.block() && packet % run % g_.threads() == g_.thread();
+  }
+
+  // ---- rows without a sweep -------------------------------------------------------------------
+  PYOFFLINE_HD void fill(float value) const {
+    constexpr int kOutPer = Elements<Out>::kPer;
+    Out* out = dlogits_row();
+    const int vocab = static_cast<int>(args_.vocab);
+    const int stride = g_.blocks() * g_.threads(), rank = g_.block() * g_.threads() + g_.thread();
+    const uintptr_t past = reinterpret_cast<uintptr_t>(out) % 16;
+    int head = past ? static_cast<int>((16 - past) / sizeof(Out)) : 0;
+    if (head > vocab) head = vocab;
+    const int packets = (vocab - head) / kOutPer, tail = head + packets * kOutPer;
+    float values[kOutPer];
+#pragma unroll
+    for (int i = 0; i < kOutPer; ++i) values[i] = value;
+    for (int i = rank; i < packets; i += stride)
+      store_aligned<kOutPer>(values, out + head + i * kOutPer);
+    for (int i = rank; i < head; i += stride) narrow(value, out + i);
+    for (int i = tail + rank; i < vocab; i += stride) narrow(value, out + i);
+  }
+
+  PYOFFLINE_HD void fill_row(float value, const RowStats& stats, const Coefs& coefs) const {
+    if (g_.block() == 0 && g_.thread() == 0) write_scalars(stats, coefs);
+    if (args_.dlogits) fill(value);
+  }
+
+  // The address of a bad label is never formed; its row shows it, and so does the next call.
+  PYOFFLINE_HD void mark_bad_label(int64_t label) const {
+    const RowStats stats = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, false};
+    fill_row(NAN, stats, {NAN, NAN, NAN, NAN, NAN});
+    if (task_.bad_label && g_.block() == 0 && g_.thread() == 0)
+      g_.publish(task_.bad_label,
+                 static_cast<int64_t>(static_cast<uint64_t>(label) << 32 | (row_ & 0xffffffff)));
+  }
+};
+
+}  // namespace gpu
+}  // namespace pyoffline
