@@ -1,7 +1,7 @@
 """The CUDA row algorithm on CPU threads (tests/cuda_host), called like `_C.row_pass`.
 
-`row_pass(logits, labels, blocks=4, threads=None, **keywords)` takes the keywords of `_C.row_pass` but
-`threads`, which here is the size of a block, and `capacity`: packets of row memory of one block
+`row_pass(logits, labels, blocks=4, threads=None, **keywords)` takes the keywords of `_C.row_pass`,
+but `threads`, which here is the size of a block, and `capacity`: packets of row memory of one block
 (None: the whole row is on chip).
 """
 

@@ -177,4 +177,5 @@ def table() -> dict:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(table(), indent=1) + "\n")
+    facts = [compile_one(*pair.split("|")) for pair in sys.argv[1:]] or table()
+    sys.stdout.write(json.dumps(facts, indent=1) + "\n")

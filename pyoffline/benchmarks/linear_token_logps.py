@@ -31,7 +31,7 @@ def score(hidden, weight, inputs):
 def ours(hidden, weight, inputs):
     """Log-probs with a backward through them."""
     logps = po.linear_token_logps(hidden, po.Head(weight), inputs.labels).logps
-    return (logps * inputs.g_logps).sum()
+    return (logps * inputs.g_logps).mean()
 
 
 def _plain_logps(hidden, weight, inputs):
@@ -49,7 +49,7 @@ def plain_score(hidden, weight, inputs):
 
 def plain(hidden, weight, inputs):
     """Whole logits, autograd."""
-    return (_plain_logps(hidden, weight, inputs) * inputs.g_logps).sum()
+    return (_plain_logps(hidden, weight, inputs) * inputs.g_logps).mean()
 
 
 CASES = (

@@ -136,7 +136,7 @@ HISTORICAL = (
     Mutation(
         9,
         "labels are not checked before they are used as an index",
-        "csrc/bind_row_pass.cpp",
+        "csrc/row_call.cpp",
         (
             (
                 "if (label == args.ignore_index || (label >= 0 && label < args.vocab)) continue;",
