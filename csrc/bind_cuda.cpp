@@ -1,4 +1,4 @@
-// The CUDA row pass as Python calls it: the checks of row_pass on tensors of one device, then a
+// The CUDA kernels as Python calls them: the checks of row_pass on tensors of one device, then a
 // launch on the stream that is given.
 //
 // Labels are on the device and are checked there (row_algorithm.h): a bad one makes its row NaN and
@@ -15,11 +15,18 @@ namespace {
 #ifdef PYOFFLINE_WITH_CUDA
 std::string why_not(int device) { return gpu::cuda_why_not(device); }
 void launch(const RowArgs& args, const gpu::CudaLaunch& to) { gpu::cuda_row_pass(args, to); }
+void launch_scale(void* grad, DType type, int64_t size, const float* upstream,
+                  const gpu::CudaLaunch& to) {
+  gpu::cuda_scale_by_upstream(grad, type, size, upstream, to);
+}
 bool has_kernel(DType in, DType out) { return gpu::has_row_kernel(in, out); }
 #else
 std::string why_not(int) { return "pyoffline._C was built without CUDA (no nvcc was found)"; }
 void launch(const RowArgs&, const gpu::CudaLaunch&) {
   throw std::runtime_error("cuda_row_pass: " + why_not(0));
+}
+void launch_scale(void*, DType, int64_t, const float*, const gpu::CudaLaunch&) {
+  throw std::runtime_error("cuda_scale_by_upstream: " + why_not(0));
 }
 bool has_kernel(DType, DType) { return true; }
 #endif
@@ -66,6 +73,18 @@ void cuda_row_pass_py(py::object logits, py::object labels, py::kwargs kwargs) {
   launch(row.args, to);
 }
 
+void cuda_scale_by_upstream_py(py::object grad, py::object upstream, py::object stream) {
+  CallArgs call("cuda_scale_by_upstream", kFirstDevice);
+  const TensorArg out = call.output(grad, "grad", kLogits, {kAny});
+  const TensorArg factor = call.input(upstream, "upstream", kF32, {1});
+  gpu::CudaLaunch to{};
+  to.stream = static_cast<uintptr_t>(int_arg(call, stream, "stream", 0, INT64_MAX));
+  to.device = call.device();
+  call.check_overlaps();
+  py::gil_scoped_release release;
+  launch_scale(out.data, out.dtype(), out.numel(), static_cast<float*>(factor.data), to);
+}
+
 constexpr const char* kDoc =
     R"(cuda_row_pass(logits, labels, *, stream=0, bad_label=None, device_scale=None, **keywords of row_pass)
 
@@ -78,6 +97,11 @@ when a label is outside [0, V) and not ignore_index; that row is NaN.)";
 
 void bind_cuda(py::module_& module) {
   module.def("cuda_row_pass", cuda_row_pass_py, kDoc);
+  module.def(
+      "cuda_scale_by_upstream", cuda_scale_by_upstream_py, py::arg("grad"), py::arg("upstream"),
+      py::kw_only(), py::arg("stream") = 0,
+      "grad [n] *= upstream [1] float32 in place on one CUDA device; returns at once, may be "
+      "captured, touches nothing where upstream is 1.");
   module.def("cuda_why_not", why_not, py::arg("device"),
              "Why the CUDA kernels cannot run on this device; an empty string when they can.");
 }

@@ -19,7 +19,7 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 
 from pyoffline import ops
-from pyoffline.backends import load, pick, why_not
+from pyoffline.backends import load, pick, scaling_backend
 from pyoffline.ops import DTYPES
 
 # References to a formed gradient that nobody outside holds: the tuple of them, the argument of
@@ -54,9 +54,10 @@ def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
         return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
     if not is_read_by_host(upstream, grad):
         shared = sys.getrefcount(grad) > PRIVATE or not grad.is_contiguous()
-        if shared or why_not("triton", grad.device.type, grad.dtype):
+        backend = None if shared else scaling_backend(grad)
+        if backend is None:
             return ops.scale_by_upstream(grad, upstream, DTYPES.index(dtype))
-        return load("triton", grad).scale_by_upstream(grad, upstream).to(dtype)
+        return load(backend, grad).scale_by_upstream(grad, upstream).to(dtype)
     factor = upstream.item()
     if factor != 1.0:
         grad = grad.mul_(factor) if sys.getrefcount(grad) <= PRIVATE else grad * factor

@@ -7,6 +7,7 @@ the op's row. Not here: the backends.
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import importlib.util
 import os
@@ -17,15 +18,37 @@ import torch
 DISTILL = "linear_distill_loss"
 OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps", DISTILL)
 NAMES = ("reference", "cpu", "triton", "cuda")
-# First available wins. GPU order is to be set by committed benchmarks (bench/results/).
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 MODULES = {
     "reference": "pyoffline.reference",
     "cpu": "pyoffline.cpu",
     "triton": "pyoffline.triton_backend",
+    "cuda": "pyoffline.cuda_backend",
 }
+GPU_BACKENDS = ("cuda", "triton")
 # Ops that are modules of their own; a backend that is not in its row does not serve the op.
 OP_MODULES = {DISTILL: {"reference": "pyoffline.reference_distill", "cpu": "pyoffline.cpu_distill"}}
+
+
+@dataclass(frozen=True)
+class Order:
+    """The first available of `names` is picked, for the reason `why`."""
+
+    names: tuple[str, ...]
+    why: str
+
+
+# The order of two backends of one device is set by a committed benchmark, which `why` names.
+ORDER = {
+    "cpu": Order(
+        ("cpu", "reference"),
+        "the reference is plain PyTorch, which bench/results/cpu has beside ours",
+    ),
+    "cuda": Order(
+        (*GPU_BACKENDS, "reference"),
+        "no GPU result is committed in bench/results yet: cuda before triton by arithmetic "
+        "(csrc/cuda/README.md: one read and one write of a logit), not by measurement",
+    ),
+}
 
 _choice = contextvars.ContextVar("pyoffline_backend", default="auto")
 
@@ -41,11 +64,15 @@ def why_not(
     if name == "triton":
         return _why_not_triton(device, dtype)
     if name == "cuda":
-        return f"the {name} backend is not built yet: GPU kernels come with a later release"
+        return _why_not_cuda(device, dtype)
     if device != "cpu":
         return f"the cpu backend serves CPU tensors, these are on {device}"
     if dtype == torch.float64:
         return "the cpu backend computes in fp32; fp64 inputs run on the reference backend"
+    return _why_no_extension()
+
+
+def _why_no_extension() -> str | None:
     try:
         module = importlib.import_module("pyoffline._C")
     except ImportError as error:
@@ -53,6 +80,24 @@ def why_not(
     return (
         None if module.abi() == 1 else f"pyoffline._C has ABI {module.abi()}, expected 1: rebuild"
     )
+
+
+def _why_not_cuda(device: str, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return "the cuda backend computes in fp32; fp64 inputs run on the reference backend"
+    if reason := _why_no_extension():
+        return reason
+    if device != "cuda":
+        return f"the cuda backend serves GPU tensors, these are on {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return _why_not_on_device(torch.cuda.current_device())
+
+
+@functools.cache
+def _why_not_on_device(index: int) -> str | None:
+    """What the driver says: asked once, because it costs several calls."""
+    return importlib.import_module("pyoffline._C").cuda_why_not(index) or None
 
 
 def interpreting() -> bool:
@@ -108,8 +153,16 @@ def pick(device: str, dtype: torch.dtype, op: str | None = None) -> str:
         if reason:
             raise RuntimeError(f"backend {name!r}: {reason}")
         return name
-    order = ORDER.get(device, ("reference",))
-    return next(n for n in order if why_not(n, device, dtype, op) is None)
+    names = ORDER[device].names if device in ORDER else ("reference",)
+    return next(n for n in names if why_not(n, device, dtype, op) is None)
+
+
+def scaling_backend(grad: torch.Tensor) -> str | None:
+    """The GPU backend whose kernel multiplies this gradient by an upstream gradient that the host
+    does not know, or None. Not `use_backend`'s: autograd's own thread does not see it.
+    """
+    kind = grad.device.type
+    return next((n for n in GPU_BACKENDS if why_not(n, kind, grad.dtype) is None), None)
 
 
 def load(name: str, x: torch.Tensor, op: str | None = None):
@@ -123,15 +176,20 @@ def load(name: str, x: torch.Tensor, op: str | None = None):
 
 @dataclass(frozen=True)
 class BackendTable:
-    """Rows of (op, device, picked, ((other, why not), ...)); print it."""
+    """Rows of (op, device, picked, ((other, why not), ...)), and (device, Order) of each device;
+    print it.
+    """
 
     rows: tuple
+    orders: tuple = ()
 
     def __str__(self) -> str:
         lines = [f"{'op':<20} {'device':<7} {'picked':<10} others"]
         for op, device, picked, others in self.rows:
             notes = "; ".join(f"{name}: {reason}" for name, reason in others)
             lines.append(f"{op:<20} {device:<7} {picked:<10} {notes}")
+        for device, order in self.orders:
+            lines.append(f"order on {device}: {', '.join(order.names)}; {order.why}")
         return "\n".join(lines)
 
 
@@ -154,4 +212,4 @@ def backends() -> BackendTable:
                     reason = slower if _choice.get() == "auto" else forced
                 others.append((name, reason))
             rows.append((op, device, picked, tuple(others)))
-    return BackendTable(tuple(rows))
+    return BackendTable(tuple(rows), tuple(ORDER.items()))

@@ -250,7 +250,7 @@ def logits_policy(
     result = load(backend, logits).logits(LogitsCall(logits, rows, needs_grad))
     out, loss = result.out, result.loss
     dlogits = logits.new_empty(0) if result.dlogits is None else result.dlogits
-    unscale = torch.as_tensor(result.unscale, dtype=loss.dtype, device=loss.device).clone()
+    unscale = loss.new_empty(()).fill_(result.unscale)  # a number of the host: no copy, no sync
     stats = (out.loss, out.logps, out.entropy, out.lse, out.log_sum_p2, out.is_top1)
     return (loss, *stats, dlogits, unscale)
 

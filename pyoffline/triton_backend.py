@@ -1,99 +1,33 @@
-"""The Triton backend: torch's GEMMs (`gpu_gemm.py`) around the row pass of `pyoffline.kernels`.
+"""The Triton backend: the row pass of `pyoffline.kernels` inside `gpu_rows.py`.
 
 NVIDIA sm_80 and later, AMD gfx942 and later; under TRITON_INTERPRET=1 also CPU tensors, for tests.
-No host sync but the row count of a compaction. Not here: the kernels, the chunk loop, fp64.
+Not here: the kernels, what GPU backends share.
 """
-
-import dataclasses
 
 import torch
 
-from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, RowOutputs, Rows
-from pyoffline.chunk_loop import power_of_two_scale, run_linear
-from pyoffline.device_flags import flag_of, raise_pending
-from pyoffline.gpu_gemm import GpuGemm
+from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult
+from pyoffline.device_flags import flag_of
+from pyoffline.gpu_rows import GpuRows, run_linear_call, run_logits_call
 from pyoffline.kernels.row_pass import row_pass
 from pyoffline.kernels.scale_by_upstream import scale_by_upstream as scale_by_upstream
-from pyoffline.program import CUSTOM_CODE, RowScalars, evaluate
 
 
-def _float32(rows: Rows) -> Rows:
-    """fp32, contiguous row inputs: what the kernel reads through plain pointers."""
-
-    def plain(x):
-        return (x if x.dtype == torch.int64 else x.float()).contiguous()
-
-    shared = {
-        name: plain(getattr(rows, name))
-        for name in ("bias", "class_weight")
-        if getattr(rows, name) is not None
-    }
-    return dataclasses.replace(rows.map(plain), **shared)
-
-
-def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale=None) -> None:
-    """One row pass; a custom Python term runs between its two halves, on C-vectors."""
-    rows, flag = _float32(rows), flag_of(logits.device)
-    given = rows.coefs is not None
-    custom = CUSTOM_CODE in rows.codes[0::3]
-    gap = torch.empty_like(out.lse) if custom else out.gap
-    coefs_out = None if given or custom else out.coefs
-    stats = (out.logps, out.entropy, out.lse, out.log_sum_p2, out.is_top1.view(torch.uint8))
-    outputs = (out.loss, *stats, gap, coefs_out)
-    if not custom:
-        row_pass(logits, dlogits, rows, outputs, flag, scale)
-        return
-    plain = dataclasses.replace(rows, codes=(), hyper=None, extras={})
-    row_pass(logits, None, plain, outputs, flag)
-    scalars = RowScalars(
-        out.logps, out.entropy, out.lse, gap, rows.old, rows.mu, rows.ref, rows.adv
-    )
-    loss, *coefs = evaluate(rows.codes, rows.hyper, scalars, rows.extras)
-    counted, coefs = rows.counts(), torch.stack(coefs)
-    out.loss.copy_(torch.where(counted, loss, 0.0))
-    if out.coefs is not None:
-        out.coefs.copy_(torch.where(counted, coefs, 0.0))
-    if dlogits is not None:
-        again = dataclasses.replace(plain, coefs=coefs.contiguous())
-        row_pass(logits, dlogits, again, (None,) * 8, flag, scale)
-
-
-class TritonKernels(GpuGemm):
+class TritonKernels(GpuRows):
     """The steps of the chunk loop with the Triton row pass."""
 
-    def row_pass(self, logits, rows, out, grad, scale):
-        size = rows.labels.shape[0]
-        dlogits = None
-        if grad is not None:
-            # a narrower gradient row starts where its logits row starts
-            dlogits = logits if grad == logits.dtype else logits.view(grad)[:, : logits.shape[1]]
-        scale = scale if isinstance(scale, torch.Tensor) else None
-        run_rows(logits[:size], None if dlogits is None else dlogits[:size], rows, out, scale)
-        return dlogits
+    def launch(self, logits, dlogits, rows, out, scale):
+        top1 = None if out.is_top1 is None else out.is_top1.view(torch.uint8)
+        stats = (out.logps, out.entropy, out.lse, out.log_sum_p2, top1)
+        outputs = (out.loss, *stats, out.gap, out.coefs)
+        row_pass(logits, dlogits, rows, outputs, flag_of(logits.device), scale)
 
 
 def linear(call: LinearCall) -> LinearResult:
     """Fused linear call on the Triton backend."""
-    raise_pending(call.hidden.device)
-    contiguous = {
-        name: getattr(call, name).contiguous()
-        for name in ("hidden", "weight", "adapter_hidden", "adapter_weight")
-        if getattr(call, name) is not None
-    }
-    return run_linear(TritonKernels(), dataclasses.replace(call, **contiguous))
+    return run_linear_call(TritonKernels(), call)
 
 
 def logits(call: LogitsCall) -> LogitsResult:
-    """Rows on given logits, which are never written: no compaction and no sync."""
-    raise_pending(call.logits.device)
-    source = call.logits if call.logits.stride(-1) == 1 else call.logits.contiguous()
-    n = source.shape[0]
-    out = RowOutputs.zeros(n, torch.float32, source.device, call.wants_coefs, call.wants_gap)
-    scale = power_of_two_scale(call.rows, source.dtype, asynchronous=True)
-    dlogits = None
-    if call.needs_grad:
-        dlogits = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    on_device = scale if isinstance(scale, torch.Tensor) else None
-    run_rows(source, dlogits, call.rows, out, on_device)
-    loss = TritonKernels().weighted_sum(out.loss, call.rows.weights)
-    return LogitsResult(loss, out, dlogits, 1.0 / scale)
+    """Rows on given logits on the Triton backend."""
+    return run_logits_call(TritonKernels(), call)

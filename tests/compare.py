@@ -49,6 +49,14 @@ def check_gradient(name: str, got: Tensor, truth: Tensor, reference: Tensor) -> 
     check(name, got, truth, reference, GRADIENT)
 
 
+def check_loss(got: Tensor, truth: dict, reference: dict) -> None:
+    """A loss, which is one draw of the error: its bar is the error of the terms that it adds."""
+    bar = (reference["terms"].double() - truth["terms"]).abs().sum()
+    allowed = FORWARD * bar + FLOOR_ULPS * EPS32 * truth["terms"].abs().sum()
+    error = (got.double() - truth["loss"]).abs()
+    assert error <= allowed, f"loss: error {error:.3e} > {allowed:.3e}"
+
+
 def same_bits(name: str, got: Tensor, want: Tensor) -> None:
     """Bitwise equality, NaN included and -0 told from +0."""
     assert got.dtype == want.dtype and got.shape == want.shape, (

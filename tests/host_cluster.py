@@ -108,6 +108,13 @@ def plan(vocab, item_size, capability=90, shared_bytes=232448):
     return tuple(out)
 
 
+def host_scale(grad, factor, threads=5):
+    """grad *= factor in place by csrc/cuda/scale_elements.h, as `threads` threads of a grid."""
+    size = _i64(grad.numel())
+    address = _p(grad.data_ptr())
+    library().host_scale(address, DTYPES[grad.dtype], size, _f32(factor), _i64(threads))
+
+
 def _address(x, dtype=torch.float32):
     if x is None:
         return None

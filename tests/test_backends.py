@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,13 +62,50 @@ except RuntimeError as error:
 
 
 def test_m4_gpu_backends_raise_with_the_reason():
-    with pytest.raises(RuntimeError, match="cuda.*not built"), po.use_backend("cuda"):
-        pass
     if torch.cuda.is_available():
         return
     reason = "use_backend.'triton'.*(torch sees no GPU|triton is not installed)"
     with pytest.raises(RuntimeError, match=reason), po.use_backend("triton"):
         pass
+    with pytest.raises(RuntimeError, match="use_backend.'cuda'.*torch sees no GPU"):
+        with po.use_backend("cuda"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("driver", "picked"),
+    [("", "cuda"), ("the driver serves CUDA 12.2", "triton")],
+    ids=["there", "not there"],
+)
+def test_m4_the_cuda_backend_is_picked_where_its_driver_serves_it(monkeypatch, driver, picked):
+    """What the table says on a GPU machine, asked here of stand-ins for torch and the driver."""
+    module = sys.modules["pyoffline.backends"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(cpu._C, "cuda_why_not", lambda index: driver)
+    monkeypatch.setattr(module, "_why_not_triton", lambda device, dtype: None)
+    module._why_not_on_device.cache_clear()
+    try:
+        assert module.pick("cuda", torch.bfloat16) == picked
+        assert module.pick("cuda", torch.float64) == "triton", "its stand-in takes every dtype"
+        text = module.why_not("cuda", "cuda", torch.float64)
+        assert "fp64" in text
+        assert (
+            module.why_not("cuda", "cpu") == "the cuda backend serves GPU tensors, these are on cpu"
+        )
+        table = str(po.backends())
+        assert (driver or "available, after cuda in the order for cuda") in table
+    finally:
+        module._why_not_on_device.cache_clear()
+
+
+def test_the_order_of_gpu_backends_names_its_benchmark_or_says_that_there_is_none():
+    folder = Path(__file__).parents[1] / "bench/results/gpu"
+    measured = [path.name for path in folder.glob("*.json")]
+    why = sys.modules["pyoffline.backends"].ORDER["cuda"].why
+    named = [name for name in measured if name in why]
+    assert bool(named) if measured else "no GPU result is committed" in why
+    assert why in str(po.backends())
 
 
 @pytest.mark.parametrize("name", ["", "CPU", "numpy", None])

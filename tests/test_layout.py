@@ -26,13 +26,14 @@ LAYERS = {
     2: "program head chunk_loop compose coupled_units coupled_program",
     3: "reference cpu token_objectives custom coupled_loop sequence_objectives preference"
     " divergences distill_loop reference_distill cpu_distill"
-    " gpu_gemm triton_backend",
+    " gpu_gemm gpu_rows triton_backend cuda_backend",
     4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled teachers"
     " distill_ops",
     6: "__init__",
     7: "config rows row_checks data collate step_weights training checkpoint callbacks trainer"
     " data_advantages pairs units run_folder trainer_config score doctor cli __main__",
 }
+BY_NAME = ("reference", "cpu", "triton_backend", "cuda_backend")
 APPLICATIONS = ("demo", "benchmarks", "integrations")
 LAYER = {name: n for n, names in LAYERS.items() for name in names.split()}
 CORE_IMPORTS = {"torch", "numpy"}
@@ -81,7 +82,7 @@ def test_imports_point_one_way_only():
         for target, line in ours(tree, top_level_only=name == "__init__"):
             if target.startswith("_C") or target.startswith("kernels"):
                 allowed = 3 <= layer(name) <= 7
-            elif layer(name) == 4 and target in ("reference", "cpu", "triton_backend"):
+            elif layer(name) == 4 and target in BY_NAME:
                 allowed = False  # by name through backends.load, so that a missing _C is no error
             else:
                 allowed = layer(target) <= layer(name)

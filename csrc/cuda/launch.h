@@ -26,6 +26,10 @@ bool has_row_kernel(DType logits, DType dlogits);
 // Throws std::runtime_error when the launch fails.
 void cuda_row_pass(const RowArgs& args, const CudaLaunch& launch);
 
+// grad *= *upstream in place for `size` elements in a row; to.device and to.stream alone are read.
+void cuda_scale_by_upstream(void* grad, DType type, int64_t size, const float* upstream,
+                            const CudaLaunch& to);
+
 // Limits of a device; throws std::runtime_error without a driver or device.
 DeviceLimits device_limits(int device);
 

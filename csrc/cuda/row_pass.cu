@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cuda_call.h"
 #include "cuda_group.h"
 #include "launch.h"
 #include "row_algorithm.h"
@@ -49,32 +50,6 @@ const KernelRow* find_kernel(DType in, DType out) {
     if (each.in == in && each.out == out) return &each;
   return nullptr;
 }
-
-void check(cudaError_t error, const std::string& what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that is reported here is not reported again by the next caller
-  throw std::runtime_error("cuda row_pass: " + what + ": " + cudaGetErrorName(error) + ", " +
-                           cudaGetErrorString(error));
-}
-
-// Makes a device current for a block.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "asking for the current device");
-    if (device != before_) check(cudaSetDevice(device), "choosing cuda:" + std::to_string(device));
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 // What is asked of a device once: its limits, and that every kernel may use all of its memory.
 struct DeviceState {
@@ -146,10 +121,10 @@ void launch_rows(const KernelRow& row, const RowTask& task, const RowPlan& plan,
   config.attrs = &attribute;
   config.numAttrs = plan.blocks > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, row.kernel, task, first_row),
-        "launching " + std::to_string(rows) + " rows of " + std::to_string(task.args.vocab) +
-            " logits as " + std::to_string(plan.blocks) + " blocks of " +
-            std::to_string(plan.threads) + " threads with " + std::to_string(plan.shared_bytes) +
-            " bytes of shared memory");
+        "launching row_pass of " + std::to_string(rows) + " rows of " +
+            std::to_string(task.args.vocab) + " logits as " + std::to_string(plan.blocks) +
+            " blocks of " + std::to_string(plan.threads) + " threads with " +
+            std::to_string(plan.shared_bytes) + " bytes of shared memory");
 }
 
 }  // namespace

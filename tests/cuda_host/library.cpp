@@ -1,6 +1,7 @@
 // The host runner as a shared object for ctypes: one call, and the launch plan.
 #include <cstdint>
 
+#include "../../csrc/cuda/scale_elements.h"
 #include "host_row_pass.h"
 
 using namespace pyoffline;
@@ -23,6 +24,18 @@ void host_plan(int64_t vocab, int64_t item_size, int capability, int64_t shared_
   const int64_t values[5] = {plan.blocks, plan.threads, plan.capacity, plan.shared_bytes,
                              plan.is_resident};
   for (int i = 0; i < 5; ++i) out[i] = values[i];
+}
+
+// The share of each of `threads` threads, one after the other; type as in row_args.h.
+void host_scale(void* grad, int type, int64_t size, float factor, int64_t threads) {
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    if (type == 0)
+      gpu::scale_elements(static_cast<float*>(grad), size, factor, thread, threads);
+    else if (type == 1)
+      gpu::scale_elements(static_cast<bf16*>(grad), size, factor, thread, threads);
+    else
+      gpu::scale_elements(static_cast<f16*>(grad), size, factor, thread, threads);
+  }
 }
 
 int64_t task_size() { return sizeof(gpu::RowTask); }
