@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[DEFAULT_OP],
         metavar="NAME",
-        help="linear_policy_loss (default), frozen_head, linear_cross_entropy, scoring, "
-        "linear_token_logps, row_pass, or all",
+        help=f"all, or some of {', '.join(ops.NAMES)} (default {DEFAULT_OP})",
     )
     parser.add_argument(
         "--shape",
