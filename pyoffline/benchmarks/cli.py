@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[DEFAULT_OP],
         metavar="NAME",
-        help=f"all, or some of {', '.join(ops.NAMES)} (default {DEFAULT_OP})",
+        help="linear_policy_loss (default), frozen_head, linear_cross_entropy, scoring, "
+        "linear_token_logps, linear_distill_loss, row_pass, or all",
     )
     parser.add_argument(
         "--shape",
