@@ -290,9 +290,11 @@ class RowAlgorithm : private RowSweeps<T, Group> {
   PYOFFLINE_HD void mark_bad_label(int64_t label) const {
     const RowStats stats = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, false};
     fill_row(NAN, stats, {NAN, NAN, NAN, NAN, NAN});
+    const int64_t lowest = INT32_MIN, highest = INT32_MAX;
+    const int64_t shown = label < lowest ? lowest : label > highest ? highest : label;
     if (task_.bad_label && g_.block() == 0 && g_.thread() == 0)
       g_.publish(task_.bad_label,
-                 static_cast<int64_t>(static_cast<uint64_t>(label) << 32 | (row_ & 0xffffffff)));
+                 static_cast<int64_t>(static_cast<uint64_t>(shown) << 32 | (row_ & 0xffffffff)));
   }
 };
 

@@ -1,0 +1,65 @@
+"""What the GPU tests share: the two GPU backends, batches on the device, results on the host."""
+
+import batches
+import oracle
+import pytest
+import torch
+from compare import check_forward, check_gradient, check_loss
+
+import pyoffline as po
+from pyoffline.backends import GPU_BACKENDS, why_not
+
+DEVICE = "cuda"
+each_backend = pytest.mark.parametrize("backend", GPU_BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def served(request):
+    """A backend that is not there is reported as not run (bench/gpu_check.sh wants both)."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
+    if name and (reason := why_not(name, "cuda")):
+        pytest.skip(f"not run: {reason}")
+
+
+def move(x, device=None):
+    """Tensors in dicts and sequences to the device; fp64 parameters of an op stay on the host."""
+    if isinstance(x, dict):
+        return {k: move(v, device) for k, v in x.items()}
+    if hasattr(x, "_fields"):
+        return type(x)(*(move(v, device) for v in x))
+    if isinstance(x, list | tuple):
+        return type(x)(move(v, device) for v in x)
+    if not isinstance(x, torch.Tensor):
+        return x
+    moved = x.detach().to(device or DEVICE)
+    return moved.requires_grad_(x.requires_grad)
+
+
+def on_cpu(x):
+    """Results on the host."""
+    return move(x, "cpu")
+
+
+def run(batch, objective, backend, upstream=1.0, **head):
+    """`batches.run` on the device."""
+    return on_cpu(batches.run(move(batch), objective, backend, upstream, **head))
+
+
+def run_logits(logits, batch, objective, backend, upstream=1.0):
+    """`batches.run_logits` on the device."""
+    return on_cpu(batches.run_logits(move(logits), move(batch), objective, backend, upstream))
+
+
+def compare(batch, objective, backend, chunk=None, upstream=1.0, **head):
+    """Against fp64, at the bar of the same-dtype PyTorch reference on the CPU."""
+    truth = oracle.run(batch, objective, torch.float64, upstream)
+    bar = oracle.run(batch, objective, None, upstream)
+    with po.chunk_rows(chunk or 10_000):
+        got = run(batch, objective, backend, upstream, **head)
+    check_loss(got["loss"], truth, bar)
+    for k in ("logps", "entropy", "lse"):
+        check_forward(k, got[k], truth[k], bar[k])
+    for k in ("dhidden", "dweight", "dbias"):
+        if truth.get(k) is not None:
+            check_gradient(k, got[k], truth[k], bar[k])
+    return got
