@@ -17,7 +17,7 @@ import triton.language as tl
 from pyoffline.kernels.configs import row_config
 from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
 from pyoffline.kernels.objective_functions import evaluate_program, product
-from pyoffline.kernels.row_sums import LOG2_E, bent, load_u, load_y, places, sum_row
+from pyoffline.kernels.row_sums import LIFTED, LOG2_E, bent, load_u, load_y, places, sum_row
 from pyoffline.kernels.scalar_ops import exp, expm1, log1p
 from pyoffline.objectives import TABLE
 
@@ -305,11 +305,14 @@ def run_row(
             )  # fmt: skip
 
 
-def row_pass(logits, dlogits, rows, outputs, flag, grad_scale=None, config=None):
+def row_pass(
+    logits, dlogits, rows, outputs, flag, grad_scale=None, config=None, *, is_lifted=False
+):
     """Run the kernel. logits [C, V], unit stride in V; dlogits [C, V] or None (may start where
     logits starts); rows: calls.Rows; outputs: (loss, logps, entropy, lse, log_sum_p2, is_top1
     uint8, gap, coefs [4, C]), None where not wanted; flag: int64 [2], (set, value * 2^32 + row);
-    grad_scale: fp32 scalar on the device, or None for 1.
+    grad_scale: fp32 scalar on the device, or None for 1. is_lifted: entries of -inf are no entries
+    of their row, also under a softcap; what dlogits are there means nothing.
     """
     count, vocab = logits.shape
     if count == 0:
@@ -332,7 +335,7 @@ def row_pass(logits, dlogits, rows, outputs, flag, grad_scale=None, config=None)
             sum_u, grad_scale, (head.softcap, head.logit_scale, head.temperature),
             () if rows.hyper is None else tuple(rows.hyper.float().flatten().tolist()),
             outputs, 0 if coefs is None else coefs.stride(0), flag,
-            CODES=tuple(rows.codes), BENDS=head.softcap != 0, SIGNED=negative,
+            CODES=tuple(rows.codes), BENDS=head.softcap != 0, SIGNED=LIFTED.value if is_lifted else int(negative),
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
             WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
             UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,

@@ -18,12 +18,15 @@ from pyoffline.kernels.scalar_ops import tanh
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Below every logit that is not -inf, and finite: -inf minus this is -inf, not NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+LIFTED: tl.constexpr = tl.constexpr(2)
 LANE_ROUND: tl.constexpr = tl.constexpr(32)  # groups of one lane read at a time
 
 
 @triton.jit
 def bent(x, bias, sign, inner, HAS_BIAS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr):
-    """y of fp32 logits."""
+    """y of fp32 logits. SIGNED: False, True, or LIFTED: a logit of -inf is then no entry of the row,
+    whatever bias, softcap and sign would make of it.
+    """
     y = x
     if HAS_BIAS:
         y = y + bias
@@ -31,6 +34,8 @@ def bent(x, bias, sign, inner, HAS_BIAS: tl.constexpr, BENDS: tl.constexpr, SIGN
         y = tanh(y * inner)
     if SIGNED:
         y = y * sign
+    if SIGNED == LIFTED:
+        y = tl.where(x == float("-inf"), x, y)
     return y
 
 

@@ -26,7 +26,13 @@ MODULES = {
 }
 GPU_BACKENDS = ("cuda", "triton")
 # Ops that are modules of their own; a backend that is not in its row does not serve the op.
-OP_MODULES = {DISTILL: {"reference": "pyoffline.reference_distill", "cpu": "pyoffline.cpu_distill"}}
+OP_MODULES = {
+    DISTILL: {
+        "reference": "pyoffline.reference_distill",
+        "cpu": "pyoffline.cpu_distill",
+        "triton": "pyoffline.triton_distill",
+    }
+}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pyoffline.program import CUSTOM_CODE, RowScalars, evaluate
 NOTHING = RowOutputs(*[None] * len(dataclasses.fields(RowOutputs)))
 
 
-def _float32(rows: Rows) -> Rows:
+def float32_rows(rows: Rows) -> Rows:
     """fp32, contiguous row inputs: what a kernel reads through plain pointers."""
 
     def plain(x):
@@ -52,7 +52,7 @@ class GpuRows(GpuGemm):
 
     def run_rows(self, logits, dlogits, rows: Rows, out: RowOutputs, scale=None) -> None:
         """One row pass; a custom Python term runs between its two halves, on C-vectors."""
-        rows = _float32(rows)
+        rows = float32_rows(rows)
         if rows.coefs is not None:
             given = _without_program(rows, rows.coefs)
             self.launch(logits, dlogits, given, dataclasses.replace(out, coefs=None), scale)
@@ -88,11 +88,11 @@ class GpuRows(GpuGemm):
             # a narrower gradient row starts where its logits row starts
             dlogits = logits if grad == logits.dtype else logits.view(grad)[:, : logits.shape[1]]
         part = None if dlogits is None else dlogits[:size]
-        self.run_rows(logits[:size], part, rows, out, _on_device(scale, logits.device))
+        self.run_rows(logits[:size], part, rows, out, on_device(scale, logits.device))
         return dlogits
 
 
-def _on_device(scale, device) -> Tensor | None:
+def on_device(scale, device) -> Tensor | None:
     """A number of the host is written there by a kernel: no copy, no sync."""
     if isinstance(scale, Tensor):
         return scale
@@ -120,6 +120,6 @@ def run_logits_call(k: GpuRows, call: LogitsCall) -> LogitsResult:
     dlogits = None
     if call.needs_grad:
         dlogits = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    k.run_rows(source, dlogits, call.rows, out, _on_device(scale, source.device))
+    k.run_rows(source, dlogits, call.rows, out, on_device(scale, source.device))
     loss = k.weighted_sum(out.loss, call.rows.weights)
     return LogitsResult(loss, out, dlogits, 1.0 / scale)

@@ -16,11 +16,11 @@ from pyoffline.kernels.scale_by_upstream import scale_by_upstream as scale_by_up
 class TritonKernels(GpuRows):
     """The steps of the chunk loop with the Triton row pass."""
 
-    def launch(self, logits, dlogits, rows, out, scale):
+    def launch(self, logits, dlogits, rows, out, scale, is_lifted=False):
         top1 = None if out.is_top1 is None else out.is_top1.view(torch.uint8)
         stats = (out.logps, out.entropy, out.lse, out.log_sum_p2, top1)
         outputs = (out.loss, *stats, out.gap, out.coefs)
-        row_pass(logits, dlogits, rows, outputs, flag_of(logits.device), scale)
+        row_pass(logits, dlogits, rows, outputs, flag_of(logits.device), scale, is_lifted=is_lifted)
 
 
 def linear(call: LinearCall) -> LinearResult:
