@@ -5,6 +5,7 @@ No host sync but the row count of a compaction. Not here: the kernels, the chunk
 """
 
 import dataclasses
+import math
 
 import torch
 
@@ -14,6 +15,8 @@ from pyoffline.device_flags import flag_of, raise_pending
 from pyoffline.gpu_gemm import GpuGemm
 from pyoffline.kernels.row_pass import row_pass
 from pyoffline.kernels.scale_by_upstream import scale_by_upstream as scale_by_upstream
+from pyoffline.kernels.score_rows import score_rows, sums_nbytes
+from pyoffline.plan import PlanSettings
 from pyoffline.program import CUSTOM_CODE, RowScalars, evaluate
 
 
@@ -31,8 +34,10 @@ def _float32(rows: Rows) -> Rows:
     return dataclasses.replace(rows.map(plain), **shared)
 
 
-def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale=None) -> None:
-    """One row pass; a custom Python term runs between its two halves, on C-vectors."""
+def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale=None, sweep=row_pass) -> None:
+    """One row pass; a custom Python term runs between its two halves, on C-vectors. `sweep`: what
+    takes its place, called with its arguments (scoring: hidden states for logits, no dlogits).
+    """
     rows, flag = _float32(rows), flag_of(logits.device)
     given = rows.coefs is not None
     custom = CUSTOM_CODE in rows.codes[0::3]
@@ -41,10 +46,10 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale=None) -> None:
     stats = (out.logps, out.entropy, out.lse, out.log_sum_p2, out.is_top1.view(torch.uint8))
     outputs = (out.loss, *stats, gap, coefs_out)
     if not custom:
-        row_pass(logits, dlogits, rows, outputs, flag, scale)
+        sweep(logits, dlogits, rows, outputs, flag, scale)
         return
     plain = dataclasses.replace(rows, codes=(), hyper=None, extras={})
-    row_pass(logits, None, plain, outputs, flag)
+    sweep(logits, None, plain, outputs, flag, None)
     scalars = RowScalars(
         out.logps, out.entropy, out.lse, gap, rows.old, rows.mu, rows.ref, rows.adv
     )
@@ -55,7 +60,7 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale=None) -> None:
         out.coefs.copy_(torch.where(counted, coefs, 0.0))
     if dlogits is not None:
         again = dataclasses.replace(plain, coefs=coefs.contiguous())
-        row_pass(logits, dlogits, again, (None,) * 8, flag, scale)
+        sweep(logits, dlogits, again, (None,) * 8, flag, scale)
 
 
 class TritonKernels(GpuGemm):
@@ -70,6 +75,42 @@ class TritonKernels(GpuGemm):
         scale = scale if isinstance(scale, torch.Tensor) else None
         run_rows(logits[:size], None if dlogits is None else dlogits[:size], rows, out, scale)
         return dlogits
+
+    def score(self, call, hidden, rows, out):
+        """Rows without gradient, their logits never stored; `score_rows.py` rounds a logit where
+        the GEMM of a training pass does.
+
+        False, so that logits are stored in chunks: with an adapter on the head, whose second
+        product is not in the kernel; in deterministic mode, which promises the bits of the training
+        pass, and so its GEMM; with given coefficients, which no call without gradients has.
+        """
+        if call.plan.deterministic or call.adapter_weight is not None or rows.coefs is not None:
+            return False
+
+        def sweep(x, _, rows, outputs, flag, scale):
+            score_rows(x, call.weight, rows, outputs, flag, call.logits_dtype)
+
+        size = score_block(call.plan, hidden.shape[0], call.weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            cut = slice(start, start + size)
+            part = rows.map(lambda v, cut=cut: v[cut])
+            results = out.map(lambda v, cut=cut: v[..., cut])
+            run_rows(hidden[cut], None, part, results, sweep=sweep)
+        return True
+
+
+# Rows that one launch of `score_rows` takes at most: its sums stay within 64 MiB at V = 262,144.
+SCORE_ROWS = 8192
+
+
+def score_block(plan: PlanSettings, count: int, vocab: int) -> int:
+    """Rows of a launch: what the overrides allow, evenly cut."""
+    if plan.rows:
+        return plan.rows
+    limit = SCORE_ROWS
+    if plan.budget:
+        limit = min(limit, max(1, plan.budget // sums_nbytes(vocab)))
+    return math.ceil(count / math.ceil(count / limit))
 
 
 def linear(call: LinearCall) -> LinearResult:

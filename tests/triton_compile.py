@@ -109,9 +109,9 @@ def _source(kernel, args):
     constants, attrs = {}, {}
 
     def leaf(value, path, name):
-        if isinstance(value, tuple) and name != "CODES":
+        if isinstance(value, tuple) and not name.isupper():
             return tuple(leaf(x, (*path, i), name) for i, x in enumerate(value))
-        if isinstance(value, str):
+        if isinstance(value, str) and not name.isupper():
             if value.startswith("*"):
                 attrs[path] = [["tt.divisibility", 16]]
             return value
