@@ -74,28 +74,32 @@ class ScoreConfig:
 # by tests/triton_table.json. No tile is measured yet. fp32 products without tensor cores.
 SCORE_TILES = {
     ("sm_90", 2, True): ScoreConfig(128, 256, 64, 8, 3, tma=True),
-    ("sm_90", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=4, tma=True),
+    ("sm_90", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
     ("sm_80", 2, True): ScoreConfig(128, 128, 64, 8, 3, parts=4),
     ("sm_80", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8),
+    ("unaligned", 2, True): ScoreConfig(64, 128, 32, 8, 2, parts=8),
+    ("unaligned", 2, False): ScoreConfig(64, 128, 32, 8, 2, parts=8),
     ("nvidia", 4, True): ScoreConfig(64, 128, 16, 8, 3, parts=4),
     ("nvidia", 4, False): ScoreConfig(64, 128, 16, 8, 3, parts=4),
     ("amd", 2, True): ScoreConfig(128, 128, 64, 8, 2),
     ("amd", 2, False): ScoreConfig(128, 128, 64, 8, 2, parts=2),
     ("amd", 4, True): ScoreConfig(128, 128, 32, 8, 2),
-    ("amd", 4, False): ScoreConfig(128, 128, 32, 8, 2, parts=2),
+    ("amd", 4, False): ScoreConfig(128, 128, 32, 8, 2, parts=4),
 }
 INTERPRETER_TILE = ScoreConfig(16, 16, 16, 4, 2, span=32)
 
 
 def score_family(major: int | None, itemsize: int, unit: int) -> str:
     """Rows of SCORE_TILES for a chip: compute capability `major`, None for AMD. Rows of the
-    operands start at multiples of `unit` elements: descriptors want 16 bytes.
+    operands start at multiples of `unit` elements: descriptors and copies want 16 bytes.
     """
     if major is None:
         return "amd"
     if itemsize == 4:
         return "nvidia"
-    return "sm_90" if major >= 9 and unit * itemsize % 16 == 0 else "sm_80"
+    if unit * itemsize % 16:
+        return "unaligned"
+    return "sm_90" if major >= 9 else "sm_80"
 
 
 def score_config(hidden: torch.Tensor, unit: int, plain: bool) -> ScoreConfig:

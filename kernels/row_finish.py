@@ -10,8 +10,6 @@ import triton.language as tl
 from pyoffline.kernels.objective_functions import evaluate_program
 from pyoffline.kernels.scalar_ops import log1p
 
-NAN: tl.constexpr = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def load_or(ptr, row, other):
@@ -51,7 +49,7 @@ def checked_label(label, vocab, row, flag_ptr):
     """(an index that is safe to form, 0 or NaN); a label outside [0, V) sets the flag."""
     is_bad = (label < 0) | (label >= vocab)
     at = tl.where(is_bad, 0, label).to(tl.int32)
-    poison = tl.where(is_bad, NAN, 0.0)
+    poison = tl.where(is_bad, float("nan"), 0.0)
     if is_bad:
         low = tl.minimum(tl.maximum(label, -(1 << 31)), (1 << 31) - 1)
         tl.store(flag_ptr + 1, low * (1 << 32) + row)
@@ -63,8 +61,8 @@ def checked_label(label, vocab, row, flag_ptr):
 def statistics(sums, slope, y_label, vocab, sum_u):
     """(d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t) of a row."""
     m, ones, tail, s, squares, ut = sums
-    d = tl.where(m * 0.0 == 0.0, ones + tail, NAN)  # a logit of +inf has no softmax
-    log_d = tl.where(d > 0.0, log1p(ones - 1.0 + tail), NAN)
+    d = tl.where(m * 0.0 == 0.0, ones + tail, float("nan"))  # a logit of +inf has no softmax
+    log_d = tl.where(d > 0.0, log1p(ones - 1.0 + tail), float("nan"))
     t_label = (y_label - m) * slope
     mean_t = s * slope / d
     logp = t_label - log_d
@@ -81,9 +79,9 @@ def statistics(sums, slope, y_label, vocab, sum_u):
 def evaluate_row(row, scalars, poison, given_ptrs, gate_ptrs, hyper, CODES: tl.constexpr):
     """(loss, a, b, c, e) of a row's program; scalars: logp, entropy, lse, gap."""
     given = (
-        load_or(given_ptrs[0], row, NAN) + poison,
-        load_or(given_ptrs[1], row, NAN) + poison,
-        load_or(given_ptrs[2], row, NAN) + poison,
+        load_or(given_ptrs[0], row, float("nan")) + poison,
+        load_or(given_ptrs[1], row, float("nan")) + poison,
+        load_or(given_ptrs[2], row, float("nan")) + poison,
         load_or(given_ptrs[3], row, 1.0) + poison,
     )
     gates = ()

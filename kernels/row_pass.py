@@ -18,7 +18,6 @@ from pyoffline.kernels.configs import row_config
 from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
 from pyoffline.kernels.objective_functions import product
 from pyoffline.kernels.row_finish import (
-    NAN,
     checked_label,
     evaluate_row,
     load_or,
@@ -229,8 +228,8 @@ def run_row(
                 damp_label,
             )  # fmt: skip
             is_nan = (from_p != from_p) | (from_pt != from_pt) | (from_u != from_u)
-            at_zero = tl.where(is_nan, NAN, 0.0)
-            at_label = tl.where(is_nan, NAN, at_label)
+            at_zero = tl.where(is_nan, float("nan"), 0.0)
+            at_label = tl.where(is_nan, float("nan"), at_label)
             constants = (from_p, from_pt * slope, from_u, at_label, at_zero)
             gradient_row(
                 x_ptr, g_ptr, at, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner,

@@ -149,9 +149,11 @@ def score_tiles_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
     GROUP_N: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """hidden, weight: descriptors with TMA, else pointers with strides in units of UNIT elements.
-    sums [N, spans, FIELDS] fp32; the last two fields only with WANT_GAP.
+    """hidden, weight: descriptors with TMA, else pointers. Strides and dim in units of UNIT
+    elements, so that the compiler knows the alignment. sums [N, spans, FIELDS] fp32; the last
+    two fields only with WANT_GAP.
     """
+    dim = dim * UNIT
     n_spans = tl.cdiv(vocab, SPAN)
     first_row, span = tile_of_program(n_rows, n_spans, BLOCK_N, GROUP_N)
     rows = first_row + tl.arange(0, BLOCK_N)
@@ -289,7 +291,7 @@ def score_rows(hidden, weight, rows, outputs, flag, logits_dtype, config=None):
     want_gap = TABLE["smoothing"].code in terms or outputs[6] is not None
     sum_u = None if rows.class_weight is None else rows.class_weight.sum().reshape(1)
     negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
-    unit = alignment(hidden, weight)
+    unit = min(alignment(hidden, weight), dim & -dim)
     plain = not (head.softcap or negative or want_gap)
     config = config or score_config(hidden, unit, plain)
     n_spans = triton.cdiv(vocab, config.span)
@@ -297,7 +299,7 @@ def score_rows(hidden, weight, rows, outputs, flag, logits_dtype, config=None):
     x, w = operands(hidden, weight, config)
     with device_of(hidden):
         score_tiles_kernel[(triton.cdiv(count, config.block_n) * n_spans,)](
-            x, w, hidden.stride(0) // unit, weight.stride(0) // unit, count, vocab, dim,
+            x, w, hidden.stride(0) // unit, weight.stride(0) // unit, count, vocab, dim // unit,
             rows.labels, rows.temperature, rows.bias, rows.class_weight if want_gap else None,
             scalars, sums,
             LOGITS=LOGITS[logits_dtype], BENDS=head.softcap != 0, SIGNED=negative,

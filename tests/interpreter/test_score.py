@@ -91,11 +91,19 @@ def inputs(n, vocab, seed=0, objective=SMOOTHED + COMPOSED, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 31, 32, 33, 64, 201])
-@pytest.mark.parametrize("dtype", batches.DTYPES, ids=batches.dtype_name)
-def test_every_output_equals_the_row_pass_at_every_border(dtype, vocab):
-    logits = (3 * torch.randn(19, vocab, generator=torch.Generator().manual_seed(1))).to(dtype)
-    assert_same(*both(logits, inputs(19, vocab, seed=vocab)))
+@pytest.mark.parametrize(
+    ("vocab", "dtype"),
+    [
+        *((vocab, torch.float32) for vocab in (1, 16, 17, 33)),
+        (201, torch.bfloat16),
+        (33, torch.float16),
+    ],
+    ids=str,
+)
+def test_every_output_equals_the_row_pass_at_every_border(vocab, dtype):
+    """17 rows: a ragged tile of them, and of the hidden size."""
+    logits = (3 * torch.randn(17, vocab, generator=torch.Generator().manual_seed(1))).to(dtype)
+    assert_same(*both(logits, inputs(17, vocab, seed=vocab, objective=po.NLL())))
 
 
 # what is exercised, head, per-row temperature, class weights
@@ -120,24 +128,22 @@ def test_transforms_of_the_head_across_spans(name, head, per_row, classes):
 
 
 TILES = [
-    {"parts": 2},
     {"parts": 4},
     {"tma": True},
     {"block_n": 32, "block_v": 64, "block_d": 32, "span": 64, "parts": 2, "tma": True},
-    {"group_n": 1, "span": 16},
-    {"span": 1024},
+    {"group_n": 1, "span": 1024},
 ]
 
 
 @pytest.mark.parametrize("changes", TILES, ids=str)
 def test_descriptors_parts_and_spans_change_no_result(changes):
-    """24 fp32 columns are no whole tile and rows of 96 bytes: what a descriptor takes and masks."""
-    logits = torch.randn(24, 101, generator=torch.Generator().manual_seed(3))
-    rows = inputs(24, 101)
+    """20 fp32 columns are no whole tile and rows of 80 bytes: what a descriptor takes and masks."""
+    logits = torch.randn(20, 70, generator=torch.Generator().manual_seed(3))
+    rows = inputs(20, 70, objective=po.NLL())
     config = dataclasses.replace(INTERPRETER_TILE, **changes)
     got, want = both(logits, rows, config)
     assert_same(got, want)
-    if set(changes) == {"tma"} or "group_n" in changes and "span" not in changes:
+    if set(changes) == {"tma"}:
         for name, x in both(logits, rows)[0].items():
             same_bits(name, got[name], x)
 
@@ -151,11 +157,11 @@ HEADS = [
 
 
 @pytest.mark.parametrize("name, options", HEADS, ids=[h[0] for h in HEADS])
-@pytest.mark.parametrize("dtype", batches.DTYPES, ids=batches.dtype_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=batches.dtype_name)
 def test_N1_linear_token_logps_against_fp64(dtype, name, options):
     """Ragged V and D, ignored rows compacted, at the bar of the same-dtype PyTorch reference."""
-    batch = batches.make(n=37, d=40, v=77, dtype=dtype, **options)
-    batch["weights"] = torch.ones(37)
+    batch = batches.make(n=18, d=40, v=77, dtype=dtype, **options)
+    batch["weights"] = torch.ones(18)
     truth = oracle.run(batch, po.NLL(), torch.float64)
     bar = oracle.run(batch, po.NLL(), dtype)
     with po.use_backend("triton"), torch.no_grad():
@@ -237,15 +243,15 @@ def test_N3_masked_vocabulary_and_rows_without_a_finite_entry(nan_at):
     assert_same(got, want)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, INF])
 def test_N2_N3_bad_hidden_states_show_in_their_row_alone(value):
-    batch = batches.make(n=21, d=24, v=77, ignored=False)
+    batch = batches.make(n=18, d=24, v=50, ignored=False)
     rows = Rows(labels=batch["labels"])
     clean, _ = scored(batch["hidden"], batch["weight"], rows)
     dirty = batch["hidden"].clone()
     dirty[17, 3] = value
     got, _ = scored(dirty, batch["weight"], rows)
-    others = torch.arange(21) != 17
+    others = torch.arange(18) != 17
     for name, x in clean.items():
         same_bits(name, got[name][..., others], x[..., others])
     assert got["logps"][17].isnan() and got["entropy"][17].isnan()
@@ -254,7 +260,7 @@ def test_N2_N3_bad_hidden_states_show_in_their_row_alone(value):
     assert all((x[..., 17] == 0).all() for x in got.values())
 
 
-@pytest.mark.parametrize("label", [77, -1, 2**40, -(2**40)])
+@pytest.mark.parametrize("label", [77, -(2**40)])
 def test_N6_a_bad_label_is_no_address_makes_its_row_nan_and_sets_the_flag(label):
     batch = batches.make(n=5, d=8, v=77, ignored=False)
     rows = Rows(labels=batch["labels"])
@@ -281,12 +287,12 @@ def test_N6_a_bad_label_raises_at_check():
 
 
 def test_N9_a_row_has_the_same_bits_in_any_batch_place_and_block():
-    batch = batches.make(n=40, d=24, v=201, dtype=torch.bfloat16, ignored=False)
+    batch = batches.make(n=20, d=24, v=77, dtype=torch.bfloat16, ignored=False)
     x, labels, head = batch["hidden"], batch["labels"], po.Head(batch["weight"])
     with po.use_backend("triton"), torch.no_grad():
         whole = po.linear_token_logps(x, head, labels)
         part = po.linear_token_logps(x[11:17], head, labels[11:17])
-        with po.chunk_rows(7):
+        with po.chunk_rows(9):
             blocks = po.linear_token_logps(x, head, labels)
     for a, b, c, name in zip(whole, part, blocks, whole._fields, strict=True):
         same_bits(name, a[11:17], b)
@@ -295,13 +301,13 @@ def test_N9_a_row_has_the_same_bits_in_any_batch_place_and_block():
 
 @pytest.mark.parametrize("big", ["weight", "hidden"])
 def test_N13_rows_beyond_two_to_the_31_elements(big, tmp_path):
-    """Rows 2^26 elements apart in a sparse file: 40 of them are 2^31 + 2^29."""
+    """Rows 2^27 elements apart in a sparse file: 20 of them are 2^31 + 2^29."""
     g = torch.Generator().manual_seed(6)
-    small = {k: torch.randn(40, 16, generator=g).bfloat16() for k in ("hidden", "weight")}
-    path, step = tmp_path / "sparse", 1 << 26
-    far = torch.from_file(str(path), True, 40 * step, dtype=torch.bfloat16).view(40, step)[:, :16]
+    small = {k: torch.randn(20, 16, generator=g).bfloat16() for k in ("hidden", "weight")}
+    path, step = tmp_path / "sparse", 1 << 27
+    far = torch.from_file(str(path), True, 20 * step, dtype=torch.bfloat16).view(20, step)[:, :16]
     far.copy_(small[big])
-    rows = Rows(labels=torch.randint(0, 40, (40,), generator=g))
+    rows = Rows(labels=torch.randint(0, 20, (20,), generator=g))
     want, _ = scored(small["hidden"], small["weight"], rows)
     for tma in (False, True):
         config = dataclasses.replace(INTERPRETER_TILE, tma=tma)
@@ -313,7 +319,7 @@ def test_N13_rows_beyond_two_to_the_31_elements(big, tmp_path):
 
 def test_what_has_no_scoring_kernel_stores_logits(monkeypatch):
     """Deterministic mode has the bits of the training pass (N15), an adapter its second product."""
-    batch = batches.make(n=20, d=16, v=77, dtype=torch.bfloat16, ignored=False)
+    batch = batches.make(n=9, d=16, v=50, dtype=torch.bfloat16, ignored=False)
     with po.use_backend("triton"), po.deterministic(), torch.no_grad():
         with pytest.raises(AssertionError, match="logits are stored"):
             po.linear_token_logps(batch["hidden"], po.Head(batch["weight"]), batch["labels"])
