@@ -173,6 +173,20 @@ def test_N1_linear_token_logps_against_fp64(dtype, name, options):
     assert ignored.any() and (got.logps[ignored] == 0).all()
 
 
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+def test_N15_logits_are_rounded_once_to_their_dtype(logits_dtype):
+    """Multiples of 1/16: their products and sums are exact in fp32, but no bf16 numbers."""
+    g = torch.Generator().manual_seed(7)
+    x, w = (torch.randint(-32, 33, (n, 16), generator=g).bfloat16() / 16 for n in (6, 50))
+    exact = x.float() @ w.float().t()
+    assert (exact.bfloat16() != exact).any()
+    want = exact.to(logits_dtype).double().log_softmax(-1)[:, 3]
+    with po.use_backend("triton"), torch.no_grad():
+        head = po.Head(w, logits_dtype=logits_dtype)
+        got = po.linear_token_logps(x, head, torch.full((6,), 3)).logps
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("objective", [COMPOSED, SMOOTHED], ids=["composed", "smoothed"])
 def test_losses_without_gradient_against_the_reference(objective):
     reads = objective.program(False).reads
