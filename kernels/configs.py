@@ -6,7 +6,7 @@ threads), the 16-byte load, and the L2 rule of README.md; `make triton-table` pr
 compiler makes of them and tests/test_triton_compile.py keeps that table.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -48,6 +48,71 @@ def bytes_per_logit(vocab: int, itemsize: int, sms: int, l2_nbytes: int, warp_si
     rows = programs_in_flight(row_nbytes, config, sms, l2_nbytes)
     lost = max(0.0, 1.0 - L2_SHARE * l2_nbytes / (rows * row_nbytes))
     return itemsize * (2.0 + lost)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Tile of the scoring product, rows x vocabulary x hidden. `tma`: operands come through tensor
+    descriptors; `parts`: a tile's columns are folded in so many parts, for fewer registers;
+    `group_n` row tiles go through the vocabulary together, a program through `span` entries of it.
+    """
+
+    block_n: int
+    block_v: int
+    block_d: int
+    warps: int
+    stages: int
+    parts: int = 1
+    tma: bool = False
+    precision: str = "ieee"
+    group_n: int = 16
+    span: int = 1024
+
+
+# (family, bytes of an element, whether the head is plain: no softcap, temperatures of rows, class
+# weights or smoothing, which want registers) -> the largest tile that keeps every sum in registers,
+# by tests/triton_table.json. No tile is measured yet. fp32 products without tensor cores.
+SCORE_TILES = {
+    ("sm_90", 2, True): ScoreConfig(128, 256, 64, 8, 3, tma=True),
+    ("sm_90", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
+    ("sm_80", 2, True): ScoreConfig(128, 128, 64, 8, 3, parts=4),
+    ("sm_80", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8),
+    ("unaligned", 2, True): ScoreConfig(64, 128, 32, 8, 2, parts=8),
+    ("unaligned", 2, False): ScoreConfig(64, 128, 32, 8, 2, parts=8),
+    ("nvidia", 4, True): ScoreConfig(64, 128, 16, 8, 3, parts=4),
+    ("nvidia", 4, False): ScoreConfig(64, 128, 16, 8, 3, parts=4),
+    ("amd", 2, True): ScoreConfig(128, 128, 64, 8, 2),
+    ("amd", 2, False): ScoreConfig(128, 128, 64, 8, 2, parts=2),
+    ("amd", 4, True): ScoreConfig(128, 128, 32, 8, 2),
+    ("amd", 4, False): ScoreConfig(128, 128, 32, 8, 2, parts=4),
+}
+INTERPRETER_TILE = ScoreConfig(16, 16, 16, 4, 2, span=32)
+
+
+def score_family(major: int | None, itemsize: int, unit: int) -> str:
+    """Rows of SCORE_TILES for a chip: compute capability `major`, None for AMD. Rows of the
+    operands start at multiples of `unit` elements: descriptors and copies want 16 bytes.
+    """
+    if major is None:
+        return "amd"
+    if itemsize == 4:
+        return "nvidia"
+    if unit * itemsize % 16:
+        return "unaligned"
+    return "sm_90" if major >= 9 else "sm_80"
+
+
+def score_config(hidden: torch.Tensor, unit: int, plain: bool) -> ScoreConfig:
+    """The tile for hidden states on their device; fp32 products are TF32 where torch's own are, as
+    the logits of a training pass then are.
+    """
+    if hidden.device.type == "cpu":
+        return INTERPRETER_TILE
+    is_amd, size = torch.version.hip is not None, hidden.element_size()
+    major = None if is_amd else torch.cuda.get_device_capability(hidden.device)[0]
+    found = SCORE_TILES[score_family(major, size, unit), size, plain]
+    is_tf32 = size == 4 and not is_amd and torch.backends.cuda.matmul.allow_tf32
+    return replace(found, precision="tf32") if is_tf32 else found
 
 
 @cache

@@ -22,7 +22,8 @@ from pyoffline.kernels.divergences import (
     value_and_mean,
 )
 from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
-from pyoffline.kernels.row_pass import NAN, gradient_constants, load_coefs, load_or, zero_row
+from pyoffline.kernels.row_finish import load_or, row_transform
+from pyoffline.kernels.row_pass import gradient_constants, load_coefs, zero_row
 from pyoffline.kernels.row_sums import LOG2_E, bent, load_y, places, sum_row
 from pyoffline.kernels.scalar_ops import log1p
 
@@ -31,21 +32,8 @@ from pyoffline.kernels.scalar_ops import log1p
 def normaliser(sums):
     """(d, log d) of a row; NaN where it has no softmax."""
     m, ones, tail, s, squares, ut = sums
-    d = tl.where(m * 0.0 == 0.0, ones + tail, NAN)
-    return d, tl.where(d > 0.0, log1p(ones - 1.0 + tail), NAN)
-
-
-@triton.jit
-def slope_of(head, temperature, BENDS: tl.constexpr):
-    """(sign, inner, slope > 0) of z = slope y, y in row_sums' coordinates."""
-    softcap, scale, uniform = head
-    sign = tl.where(scale / temperature < 0.0, -1.0, 1.0)
-    inner = 0.0
-    slope = tl.abs(scale / temperature)
-    if BENDS:
-        inner = tl.abs(scale) / softcap
-        slope = softcap / tl.abs(temperature)
-    return sign, inner, slope
+    d = tl.where(m * 0.0 == 0.0, ones + tail, float("nan"))
+    return d, tl.where(d > 0.0, log1p(ones - 1.0 + tail), float("nan"))
 
 
 @triton.jit
@@ -170,8 +158,8 @@ def run_pair(
     """One row that counts."""
     loss_ptr, values_ptr, entropy_ptr, agreement_ptr = outputs
     temperature = load_or(temperature_ptr, row, head[2])
-    sign, inner, slope = slope_of(head, temperature, BENDS)
-    sign_t, inner_t, slope_t = slope_of(head_t, head_t[2], BENDS_T)
+    sign, inner, slope = row_transform(head, temperature_ptr, row, BENDS)
+    sign_t, inner_t, slope_t = row_transform(head_t, None, row, BENDS_T)
     is_bad = (label < 0) | (label >= vocab)
     at = tl.where(is_bad, 0, label).to(tl.int32)
     x_label, bias_label = tl.load(x_ptr + at).to(tl.float32), load_or(bias_ptr, at, 0.0)
@@ -229,7 +217,7 @@ def run_pair(
             1.0, 1.0, damp_label,
         )  # fmt: skip
         poison += (from_p + from_pt + from_u) * 0.0
-        at_zero = tl.where(poison == poison, 0.0, NAN)
+        at_zero = tl.where(poison == poison, 0.0, float("nan"))
         constants = (from_p, from_pt * slope, from_u, at_label + at_zero, at_zero)
         pair_gradient(
             g_ptr, at, constants, terms, s_row, t_row, vocab, CODES, BENDS, BENDS_T,
@@ -264,8 +252,8 @@ def distill_kernel(
             g_ptr = dlogits_ptr + wide * stride_dlogits * UNIT
         if (label != ignore_index) & (weight != 0.0):
             run_pair(
-                logits_ptr + wide * stride_logits * UNIT, teacher_ptr + wide * stride_teacher * UNIT,
-                g_ptr if HAS_GRAD else None, row, label, weight,
+                logits_ptr + wide * stride_logits * UNIT,
+                teacher_ptr + wide * stride_teacher * UNIT, g_ptr if HAS_GRAD else None, row, label, weight,
                 load_coefs(coefs_ptr, row, stride_coefs), vocab, gate_ptrs, temperature_ptr,
                 bias_ptr, bias_t_ptr, grad_scale_ptr, head, head_t, numbers, outputs,
                 stride_values, CODES, BENDS, BENDS_T, LANES, GROUP, WHOLE,

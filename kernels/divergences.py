@@ -21,7 +21,6 @@ RENYI: tl.constexpr = tl.constexpr(DIVERGENCES["renyi_divergence"].code)
 ALPHA: tl.constexpr = tl.constexpr(DIVERGENCES["alpha_divergence"].code)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 INF: tl.constexpr = tl.constexpr(float("inf"))
-NONE: tl.constexpr = tl.constexpr(float("nan"))
 
 
 def term_numbers(code: int, param: float) -> tuple[float, float, float, float]:

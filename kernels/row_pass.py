@@ -16,47 +16,18 @@ import triton.language as tl
 
 from pyoffline.kernels.configs import row_config
 from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
-from pyoffline.kernels.objective_functions import evaluate_program, product
+from pyoffline.kernels.objective_functions import product
+from pyoffline.kernels.row_finish import (
+    checked_label,
+    evaluate_row,
+    load_or,
+    row_transform,
+    statistics,
+    write_row,
+)
 from pyoffline.kernels.row_sums import LIFTED, LOG2_E, bent, load_u, load_y, places, sum_row
-from pyoffline.kernels.scalar_ops import exp, expm1, log1p
+from pyoffline.kernels.scalar_ops import exp, expm1
 from pyoffline.objectives import TABLE
-
-NAN: tl.constexpr = tl.constexpr(float("nan"))
-
-
-@triton.jit
-def load_or(ptr, row, other):
-    """A row input, or a constant where it is not given."""
-    if ptr is None:
-        value = other
-    else:
-        value = tl.load(ptr + row)
-    return value
-
-
-@triton.jit
-def store_if(ptr, row, value):
-    """A row output that may not be wanted."""
-    if ptr is not None:
-        tl.store(ptr + row, value)
-
-
-@triton.jit
-def statistics(sums, slope, y_label, vocab, sum_u):
-    """(d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t) of a row."""
-    m, ones, tail, s, squares, ut = sums
-    d = tl.where(m * 0.0 == 0.0, ones + tail, NAN)  # a logit of +inf has no softmax
-    log_d = tl.where(d > 0.0, log1p(ones - 1.0 + tail), NAN)
-    t_label = (y_label - m) * slope
-    mean_t = s * slope / d
-    logp = t_label - log_d
-    logp = tl.where(logp > 0.0, 0.0, logp)
-    entropy = log_d - mean_t
-    lse = m * slope + log_d
-    gap = (log_d * sum_u - ut * slope) / vocab
-    log_sum_p2 = log1p(ones - 1.0 + squares) - 2.0 * log_d
-    is_top1 = (t_label >= 0.0) & (d == d)
-    return d, logp, entropy, lse, gap, log_sum_p2, is_top1, t_label, mean_t
 
 
 @triton.jit
@@ -151,22 +122,6 @@ def zero_row(
 
 
 @triton.jit
-def write_row(outputs, row, stride_coefs, stats, loss, coefs):
-    """The row's outputs: loss, logps, entropy, lse, log_sum_p2, is_top1, gap, coefs [4, .]."""
-    logp, entropy, lse, log_sum_p2, is_top1, gap = stats
-    store_if(outputs[0], row, loss)
-    store_if(outputs[1], row, logp)
-    store_if(outputs[2], row, entropy)
-    store_if(outputs[3], row, lse)
-    store_if(outputs[4], row, log_sum_p2)
-    store_if(outputs[5], row, is_top1)
-    store_if(outputs[6], row, gap)
-    if outputs[7] is not None:
-        for i in tl.static_range(4):
-            tl.store(outputs[7] + i * stride_coefs + row, coefs[i])
-
-
-@triton.jit
 def load_coefs(coefs_ptr, row, stride_coefs):
     """Given (a, b, c, e) of a row."""
     if coefs_ptr is None:
@@ -233,23 +188,9 @@ def run_row(
     LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One row that counts."""
-    softcap, scale, uniform = head
-    temperature = load_or(temperature_ptr, row, uniform)
-    sign = tl.where(scale / temperature < 0.0, -1.0, 1.0)
-    inner = 0.0
-    slope = tl.abs(scale / temperature)
-    if BENDS:
-        inner = tl.abs(scale) / softcap
-        slope = softcap / tl.abs(temperature)
+    sign, inner, slope = row_transform(head, temperature_ptr, row, BENDS)
     slope2 = slope * LOG2_E
-
-    is_bad = (label < 0) | (label >= vocab)
-    at = tl.where(is_bad, 0, label).to(tl.int32)
-    poison = tl.where(is_bad, NAN, 0.0)
-    if is_bad:
-        low = tl.minimum(tl.maximum(label, -(1 << 31)), (1 << 31) - 1)
-        tl.store(flag_ptr + 1, low * (1 << 32) + row)
-        tl.store(flag_ptr, 1)
+    at, poison = checked_label(label, vocab, row, flag_ptr)
 
     # before the barriers of sum_row: another warp may overwrite this logit right after them
     x_label = tl.load(x_ptr + at).to(tl.float32)
@@ -268,24 +209,18 @@ def run_row(
         a, b, c, e = coefs
         a += poison
     else:
-        given = (
-            load_or(given_ptrs[0], row, NAN) + poison,
-            load_or(given_ptrs[1], row, NAN) + poison,
-            load_or(given_ptrs[2], row, NAN) + poison,
-            load_or(given_ptrs[3], row, 1.0) + poison,
-        )
-        gates = ()
-        for k in tl.static_range(len(gate_ptrs)):
-            gates = gates + (tl.load(gate_ptrs[k] + row),)
-        scalars = (logp, entropy + poison, lse + poison, gap + poison)
-        loss, a, b, c, e = evaluate_program(scalars, given, gates, hyper, CODES)
+        scalars = (logp, entropy, lse, gap)
+        loss, a, b, c, e = evaluate_row(
+            row, scalars, poison, given_ptrs, gate_ptrs, hyper, CODES
+        )  # fmt: skip
     stats = (logp, entropy + poison, lse + poison, log_sum_p2 + poison, is_top1, gap + poison)
     write_row(outputs, row, stride_coefs, stats, loss, (a, b, c, e))
     if g_ptr is not None:
         if (a == 0.0) & (b == 0.0) & (c == 0.0) & (e == 0.0):
             zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
         else:
-            factor = weight * load_or(grad_scale_ptr, 0, 1.0) * scale / temperature
+            factor = weight * load_or(grad_scale_ptr, 0, 1.0) * head[1]
+            factor = factor / load_or(temperature_ptr, row, head[2])
             u_label = load_or(class_weight_ptr, at, 1.0)
             damp_label = 1.0 - y_label * y_label if BENDS else 1.0
             from_p, from_pt, from_u, at_label = gradient_constants(
@@ -293,8 +228,8 @@ def run_row(
                 damp_label,
             )  # fmt: skip
             is_nan = (from_p != from_p) | (from_pt != from_pt) | (from_u != from_u)
-            at_zero = tl.where(is_nan, NAN, 0.0)
-            at_label = tl.where(is_nan, NAN, at_label)
+            at_zero = tl.where(is_nan, float("nan"), 0.0)
+            at_label = tl.where(is_nan, float("nan"), at_label)
             constants = (from_p, from_pt * slope, from_u, at_label, at_zero)
             gradient_row(
                 x_ptr, g_ptr, at, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner,
@@ -335,7 +270,8 @@ def row_pass(
             sum_u, grad_scale, (head.softcap, head.logit_scale, head.temperature),
             () if rows.hyper is None else tuple(rows.hyper.float().flatten().tolist()),
             outputs, 0 if coefs is None else coefs.stride(0), flag,
-            CODES=tuple(rows.codes), BENDS=head.softcap != 0, SIGNED=LIFTED.value if is_lifted else int(negative),
+            CODES=tuple(rows.codes), BENDS=head.softcap != 0,
+            SIGNED=LIFTED.value if is_lifted else negative,
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
             WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
             UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,

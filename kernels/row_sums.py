@@ -24,8 +24,8 @@ LANE_ROUND: tl.constexpr = tl.constexpr(32)  # groups of one lane read at a time
 
 @triton.jit
 def bent(x, bias, sign, inner, HAS_BIAS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr):
-    """y of fp32 logits. SIGNED: False, True, or LIFTED: a logit of -inf is then no entry of the row,
-    whatever bias, softcap and sign would make of it.
+    """y of fp32 logits. SIGNED: False, True, or LIFTED: a logit of -inf is then no entry of the
+    row, whatever bias, softcap and sign would make of it.
     """
     y = x
     if HAS_BIAS:

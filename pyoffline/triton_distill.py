@@ -11,9 +11,9 @@ from pyoffline.device_flags import raise_pending
 from pyoffline.distill_loop import DistillCall, DistillOutputs, TeacherRows, run_distill
 from pyoffline.divergence_math import resolve
 from pyoffline.gpu_rows import float32_rows, on_device
-from pyoffline.triton_top_k import TopKRows
 from pyoffline.kernels.distill_row_pass import distill_row_pass
 from pyoffline.triton_backend import TritonKernels
+from pyoffline.triton_top_k import TopKRows
 
 
 def pair_pass(call: DistillCall, logits, teacher: TeacherRows, rows: Rows, results):

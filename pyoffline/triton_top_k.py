@@ -1,4 +1,4 @@
-"""A top-k teacher on the Triton backend: the k + 1 buckets of both rows in torch, around a backend's row pass.
+"""A top-k teacher on the Triton backend: k + 1 buckets of both rows, around the row pass.
 
 The listed entries are lifted out of the student's logits (set to -inf), so that the row pass over
 what is left is the pass over the last bucket: its statistics give log S of that bucket, its
@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from pyoffline.calls import RowOutputs, Rows
+from pyoffline.calls import RowOutputs
 from pyoffline.distill_loop import DistillCall, TeacherRows
 from pyoffline.divergence_math import DIVERGENCE_OF_CODE, resolve
 from pyoffline.gpu_rows import NOTHING

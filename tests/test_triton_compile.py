@@ -20,25 +20,60 @@ pytestmark = pytest.mark.skipif(
 TABLE = json.loads((Path(__file__).parent / "triton_table.json").read_text())
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 ENTRIES = [(n, t, f) for n, row in TABLE["kernels"].items() for t, f in row.items()]
-# Compiled again on every run: the main kernel on each chip's family, and the small one.
+# Shared memory of a program, in bytes, as the chips' manuals have it.
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
+# What the scoring product must be made of, for 16-bit inputs and for fp32 ones ("ieee": no matrix
+# instruction that rounds its inputs).
+MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma", "gfx950": "mfma"}
+# Compiled again on every run: the main kernel on each chip's family, and the small ones. All in one
+# process, as a training step and its scoring are.
 AGAIN = [
     ("row_pass ppo+kl+entropy bf16", "sm_90"),
     ("row_pass ppo+kl+entropy bf16", "gfx942"),
     ("scale_by_upstream bf16", "sm_80"),
     ("scale_by_upstream bf16", "sm_100"),
+    ("score_tiles bf16", "sm_90"),
+    ("score_tiles bf16", "gfx950"),
+    ("score_finish ppo+kl+entropy", "sm_90"),
 ]
 
 
 def holds(name, target, facts):
-    """No spill, no local memory, 16-byte accesses, 64-bit row offsets."""
+    """No spill, no local memory, 64-bit row offsets, what fits the chip; and the kernel's own."""
     assert facts["spills"] == 0, (name, target)
-    assert facts["registers"] <= (128 if target.startswith("sm") else 256)
-    assert facts["wide_loads"] > 0, "no 16-byte load"
-    if "statistics" not in name and "fp32 to bf16" not in name:  # that one stores 8 bytes
-        assert facts["wide_stores"] > 0, "no 16-byte store"
+    assert facts["shared"] <= SHARED[target]
     if target.startswith("sm"):
         assert facts["local"] == 0
         assert facts["wide_offsets"] > 0, "offsets of rows are not 64-bit"
+    if name.startswith("score_tiles"):
+        holds_for_tiles(name, target, facts)
+        return
+    assert facts["registers"] <= (128 if target.startswith("sm") else 256)
+    if name.startswith("score_finish"):  # its 4-byte loads are a few a row
+        return
+    assert facts["wide_loads"] > 0, "no 16-byte load"
+    if "statistics" not in name and "fp32 to bf16" not in name:  # that one stores 8 bytes
+        assert facts["wide_stores"] > 0, "no 16-byte store"
+
+
+def holds_for_tiles(name, target, facts):
+    """Matrix instructions where they keep the inputs, tiles by descriptor or in 16 bytes."""
+    is_nvidia, is_fp32 = target.startswith("sm"), name.endswith(" fp32")
+    assert facts["registers"] <= (255 if is_nvidia else 256)
+    matrix = {k for k in ("wgmma", "tcgen05", "mma", "mfma") if facts.get(k)}
+    assert matrix == (set() if is_fp32 and is_nvidia else {MATRIX[target]})
+    if "unaligned" in name:
+        assert not facts.get("tma"), "rows that no descriptor takes"
+    elif is_nvidia and target != "sm_80" and not is_fp32 and "tf32" not in name:
+        assert facts["tma"] > 0, "no tile comes through a descriptor"
+    else:
+        assert facts.get("copies", 0) + facts["wide_loads"] > 0, "no 16-byte copy"
 
 
 def test_the_table_has_every_variant_for_every_chip():

@@ -2,9 +2,10 @@
 
     python tests/triton_compile.py > tests/triton_table.json      (make triton-table)
 
-Each entry: kernel variant x target -> registers, shared memory, spills, 16-byte accesses. The
-variants are those that the library runs: tile and warps from kernels/configs.py, per dtype. Not
-here: the comparison (test_triton_compile.py).
+Each entry: kernel variant x target -> registers, shared memory, spills, 16-byte accesses, and for
+the scoring product the matrix instructions and tile copies. The variants are those that the library
+runs: tile and warps from kernels/configs.py, per dtype. Not here: the comparison
+(test_triton_compile.py).
 """
 
 import json
@@ -12,15 +13,17 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pyoffline as po
-from pyoffline.kernels import scale_by_upstream
-from pyoffline.kernels.configs import row_config
+from pyoffline.kernels import scale_by_upstream, score_rows
+from pyoffline.kernels.configs import SCORE_TILES, row_config, score_family
 from pyoffline.kernels.row_pass import row_pass_kernel
 
 TARGETS = {
@@ -31,13 +34,23 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Instructions of the scoring product: matrix products, and copies of 16 bytes or whole tiles.
+INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "mma": r"mma\.sync",
+    "mfma": "v_mfma",
+    "tma": r"cp\.async\.bulk\.tensor",
+    "copies": r"cp\.async\.cg\.shared\.global",
+}
 COMPOSED = po.PPOClip() + 0.04 * po.KL("k3", "old") - 1e-3 * po.Entropy()
 FLOAT = "*fp32"
 
 
-def _row_pass(dtype, warp_size, objective=None, grad=None, coefs=False, stats=True, options=()):
-    """(kernel, arguments, warps) of a row pass on 151,936 logits."""
-    config = row_config(151_936, DTYPES[dtype], warp_size)
+def _row_pass(dtype, chip, objective=None, grad=None, coefs=False, stats=True, options=()):
+    """(kernel, arguments, options) of a row pass on 151,936 logits."""
+    config = row_config(151_936, DTYPES[dtype], chip.warp_size)
     program = objective.program(False) if objective else None
     codes = tuple(program.codes) if program else ()
     terms, reads = codes[0::3], program.reads if program else ()
@@ -74,33 +87,109 @@ def _row_pass(dtype, warp_size, objective=None, grad=None, coefs=False, stats=Tr
         "GROUP": config.group,
         "WHOLE": True,
     }
-    return row_pass_kernel, args, config.warps
+    return row_pass_kernel, args, {"num_warps": config.warps}
 
 
-def _scale(dtype, warp_size):
+def _scale(dtype, chip):
     args = {"grad_ptr": f"*{dtype}", "upstream_ptr": FLOAT, "size": "i32"}
     args |= {"LANES": scale_by_upstream.LANES, "GROUP": 16 // DTYPES[dtype]}
     kernel = scale_by_upstream.scale_by_upstream_kernel
-    return kernel, args, scale_by_upstream.WARPS * 32 // warp_size
+    return kernel, args, {"num_warps": scale_by_upstream.WARPS * 32 // chip.warp_size}
+
+
+def _score_tiles(dtype, chip, unit=16, options=(), precision="ieee"):
+    """The scoring product; `unit`: rows start at multiples of so many elements; less than 16: they
+    end inside a tile too.
+    """
+    major = chip.arch // 10 if chip.backend == "cuda" else None
+    family = score_family(major, DTYPES[dtype], unit)
+    config = replace(SCORE_TILES[family, DTYPES[dtype], not options], precision=precision)
+    both = {"hidden": config.block_n, "weight": config.block_v}
+    shape = {k: f"tensordesc<{dtype}[{n}, {config.block_d}]>" for k, n in both.items()}
+    args = {
+        **(shape if config.tma else dict.fromkeys(both, f"*{dtype}")),
+        **dict.fromkeys(("stride_hidden", "stride_weight", "n_rows", "vocab", "dim"), "i32"),
+        "labels_ptr": "*i64",
+        "temperature_ptr": FLOAT if "temperature" in options else None,
+        "bias_ptr": FLOAT if "bias" in options else None,
+        "class_weight_ptr": FLOAT if "class weights" in options else None,
+        "head": ("fp32",) * 3,
+        "sums_ptr": FLOAT,
+        "LOGITS": score_rows.LOGITS[TORCH[dtype]],
+        "BENDS": "softcap" in options,
+        "SIGNED": "temperature" in options,
+        "WANT_GAP": "class weights" in options,
+        "TMA": config.tma,
+        "EVEN": unit == 16,
+        "UNIT": unit,
+        "PRECISION": config.precision,
+        "BLOCK_N": config.block_n,
+        "BLOCK_V": config.block_v,
+        "BLOCK_D": config.block_d,
+        "SPAN": config.span,
+        "GROUP_N": config.group_n,
+        "PARTS": config.parts,
+        "FIELDS": score_rows.SUMS,
+    }
+    kernel = score_rows.score_tiles_kernel
+    return kernel, args, {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def _score_finish(chip):
+    """The second kernel of scoring, with the composed objective."""
+    program = COMPOSED.program(False)
+    args = {
+        "sums_ptr": FLOAT,
+        **dict.fromkeys(("vocab", "n_spans"), "i32"),
+        "labels_ptr": "*i64",
+        "ignore_index": "i32",
+        "weights_ptr": FLOAT,
+        "given_ptrs": (FLOAT, None, None, FLOAT),
+        "gate_ptrs": (),
+        "temperature_ptr": None,
+        "sum_u_ptr": None,
+        "head": ("fp32",) * 3,
+        "hyper": ("fp32",) * (8 * len(program.codes[0::3])),
+        "outputs": (FLOAT,) * 5 + ("*u8", None, None),
+        "stride_coefs": "i32",
+        "flag_ptr": "*i64",
+        "CODES": tuple(program.codes),
+        "BENDS": False,
+        "WANT_GAP": False,
+        "SPAN": 1024,
+        "FIELDS": score_rows.SUMS,
+        "SPANS": score_rows.FINISH_SPANS,
+    }
+    return score_rows.score_finish_kernel, args, {"num_warps": 1}
 
 
 def variants():
-    """name -> function of the warp size."""
+    """name -> function of the chip."""
     out = {}
     for d in DTYPES:
-        out[f"row_pass ppo+kl+entropy {d}"] = lambda w, d=d: _row_pass(d, w, COMPOSED, grad=d)
-        out[f"scale_by_upstream {d}"] = lambda w, d=d: _scale(d, w)
-    out["row_pass statistics bf16"] = lambda w: _row_pass("bf16", w)
-    out["row_pass coefs bf16"] = lambda w: _row_pass(
-        "bf16", w, grad="bf16", coefs=True, stats=False
+        out[f"row_pass ppo+kl+entropy {d}"] = lambda c, d=d: _row_pass(d, c, COMPOSED, grad=d)
+        out[f"scale_by_upstream {d}"] = lambda c, d=d: _scale(d, c)
+        out[f"score_tiles {d}"] = lambda c, d=d: _score_tiles(d, c)
+    out["row_pass statistics bf16"] = lambda c: _row_pass("bf16", c)
+    out["row_pass coefs bf16"] = lambda c: _row_pass(
+        "bf16", c, grad="bf16", coefs=True, stats=False
     )
-    out["row_pass ppo+kl+entropy fp32 to bf16"] = lambda w: _row_pass(
-        "fp32", w, COMPOSED, grad="bf16"
+    out["row_pass ppo+kl+entropy fp32 to bf16"] = lambda c: _row_pass(
+        "fp32", c, COMPOSED, grad="bf16"
     )
     head = ("bias", "softcap", "temperature")
-    out["row_pass all of the head bf16"] = lambda w: _row_pass(
-        "bf16", w, COMPOSED, grad="bf16", options=head
+    out["row_pass all of the head bf16"] = lambda c: _row_pass(
+        "bf16", c, COMPOSED, grad="bf16", options=head
     )
+    head = (*head, "class weights")
+    for d in ("bf16", "fp32"):
+        out[f"score_tiles all of the head {d}"] = lambda c, d=d: _score_tiles(d, c, options=head)
+        out[f"score_tiles unaligned {d}"] = lambda c, d=d: _score_tiles(d, c, unit=1, options=head)
+        out[f"score_tiles uneven {d}"] = lambda c, d=d: _score_tiles(d, c, unit=8)
+    out["score_tiles tf32"] = lambda c: _score_tiles(
+        "fp32", c, precision="tf32" if c.backend == "cuda" else "ieee"
+    )
+    out["score_finish ppo+kl+entropy"] = _score_finish
     return out
 
 
@@ -109,9 +198,9 @@ def _source(kernel, args):
     constants, attrs = {}, {}
 
     def leaf(value, path, name):
-        if isinstance(value, tuple) and name != "CODES":
+        if isinstance(value, tuple) and not name.isupper():
             return tuple(leaf(x, (*path, i), name) for i, x in enumerate(value))
-        if isinstance(value, str):
+        if isinstance(value, str) and not name.isupper():
             if value.startswith("*"):
                 attrs[path] = [["tt.divisibility", 16]]
             return value
@@ -162,10 +251,14 @@ def _amd(compiled) -> dict:
 def compile_one(name: str, target: str) -> dict:
     """What the compiler makes of one variant for one target."""
     chip = TARGETS[target]
-    kernel, args, warps = variants()[name](chip.warp_size)
-    compiled = triton.compile(_source(kernel, args), target=chip, options={"num_warps": warps})
+    kernel, args, options = variants()[name](chip)
+    compiled = triton.compile(_source(kernel, args), target=chip, options=options)
     facts = _nvidia(compiled, chip.arch) if chip.backend == "cuda" else _amd(compiled)
-    return {"warps": warps, "shared": compiled.metadata.shared, **facts}
+    if kernel is score_rows.score_tiles_kernel:
+        text = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
+        counts = {k: len(re.findall(pattern, text)) for k, pattern in INSTRUCTIONS.items()}
+        facts |= {k: n for k, n in counts.items() if n}
+    return {"warps": options["num_warps"], "shared": compiled.metadata.shared, **facts}
 
 
 def table() -> dict:

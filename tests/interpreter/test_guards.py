@@ -27,6 +27,71 @@ def test_int32_overflow_is_an_error_here():
         overflow_kernel[(1,)](torch.zeros(1, dtype=torch.int64), 1_000_000)
 
 
+@triton.jit
+def assert_kernel(x_ptr):
+    tl.device_assert(tl.load(x_ptr) == 1)
+
+
+def test_a_device_assert_is_an_error_here():
+    assert_kernel[(1,)](torch.ones(1))
+    with pytest.raises(triton.runtime.errors.InterpreterError):
+        assert_kernel[(1,)](torch.zeros(1))
+
+
+@triton.jit
+def order_kernel(count_ptr, order_ptr):
+    place = tl.load(count_ptr)
+    tl.store(order_ptr + place, tl.program_id(0))
+    tl.store(count_ptr, place + 1)
+
+
+def test_programs_run_in_shuffled_order_here():
+    order = torch.full((20,), -1, dtype=torch.int32)
+    order_kernel[(20,)](torch.zeros(1, dtype=torch.int32), order)
+    assert sorted(order.tolist()) == list(range(20)) != order.tolist()
+
+
+@triton.jit
+def bf16_kernel(a_ptr, b_ptr, product_ptr, rounded_ptr):
+    offs = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    product = tl.dot(tl.load(a_ptr + offs), tl.load(b_ptr + offs))
+    tl.store(product_ptr + offs, product)
+    tl.store(rounded_ptr + offs, product.to(tl.bfloat16))
+
+
+def test_bf16_products_and_roundings_are_those_of_a_gpu_here():
+    """Products in fp32, to nearest with ties to even; NaN and inf kept."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(16, 16, generator=g).bfloat16() for _ in range(2))
+    a[3, 0], a[5, 0] = float("nan"), float("inf")
+    product, rounded = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
+    bf16_kernel[(1,)](a, b, product, rounded)
+    torch.testing.assert_close(product, a.float() @ b.float(), equal_nan=True)
+    same_bits("rounded", rounded, product.bfloat16())
+
+
+def test_N13_gradients_beyond_two_to_the_31_elements(tmp_path):
+    """Rows 2^27 elements apart in two sparse files: 20 of them are 2^31 + 2^29."""
+    step, shape = 1 << 27, (20, 100)
+    paths = [tmp_path / name for name in ("logits", "dlogits")]
+    far = [
+        torch.from_file(str(p), True, 20 * step, dtype=torch.bfloat16).view(20, step)[:, :100]
+        for p in paths
+    ]
+    g = torch.Generator().manual_seed(0)
+    far[0].copy_(torch.randn(shape, generator=g))
+    labels = torch.randint(0, 100, (20,), generator=g)
+    labels[18] = -100
+    near = (far[0].clone(), torch.full(shape, float("nan"), dtype=torch.bfloat16))
+    far[1].fill_(float("nan"))
+    rows = Rows(labels=labels, codes=(1, -1, 0), hyper=po.NLL().program(False).hyper)
+    for x, dlogits in (far, near):
+        row_pass(x, dlogits, rows, (None,) * 8, torch.zeros(2, dtype=torch.int64))
+    same_bits("dlogits", far[1].clone(), near[1])
+    assert near[1].isfinite().all() and (near[1][18] == 0).all() and (near[1][19] != 0).any()
+    assert all(p.stat().st_blocks * 512 < 64 << 20 for p in paths), "a file is no longer sparse"
+
+
 def test_N13_rows_beyond_two_to_the_31_elements(tmp_path):
     """A sparse file of 2^31 + 2^21 bf16 logits: the last row equals the same row alone."""
     vocab, rows = 1 << 21, (1 << 10) + 1

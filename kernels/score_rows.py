@@ -1,0 +1,319 @@
+"""Scoring: row statistics and losses of a linear head whose logits are never stored.
+
+Two kernels. `score_tiles_kernel`: a program takes BLOCK_N rows and a fixed span of V, multiplies
+tile by tile, rounds each logit to the logits' dtype as a stored one is, folds it into its row's
+sums, and writes SUMS numbers per row and span. `score_finish_kernel`: a program per row joins the
+spans in ascending order and ends the row as the row pass does (`row_finish.py`). Spans depend on V
+and the tile only: a row's result depends neither on its place, nor on other rows, nor on the chip's
+size. Coordinates and sums are those of `row_sums.py`. Traffic, FLOP, expected times: README.md. Not
+here: gradients, adapters on the head.
+
+Tiles come through tensor descriptors (TMA) where the chip has them, else through pointers; one
+source, by a constexpr. Row offsets are 64-bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pyoffline.kernels.configs import ScoreConfig, score_config
+from pyoffline.kernels.launch import alignment, device_of
+from pyoffline.kernels.row_finish import (
+    checked_label,
+    evaluate_row,
+    load_or,
+    row_transform,
+    statistics,
+    write_row,
+)
+from pyoffline.kernels.row_sums import LOG2_E, LOWEST, bent
+from pyoffline.objectives import TABLE
+
+# m, ones, tail, s, tail of squares, y of the label, sum u (y - m), sum u: 32 bytes, one L2 sector
+SUMS = 8
+FINISH_SPANS = 64  # spans that a program of the second kernel joins at a time
+LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def load_tile(
+    matrix, first, lines, k, dim, stride,
+    TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, BLOCK_D] of a row-major matrix: rows from `first` (`lines`, clamped, for pointers),
+    columns from k; 0 past dim. stride: int64 elements.
+    """
+    if TMA:
+        tile = matrix.load([first, k])
+    else:
+        offs_d = k + tl.arange(0, BLOCK_D)
+        ptrs = matrix + lines.to(tl.int64)[:, None] * stride + offs_d[None, :]
+        if EVEN:
+            tile = tl.load(ptrs)
+        else:
+            tile = tl.load(ptrs, mask=offs_d[None, :] < dim, other=0.0)
+    return tile
+
+
+@triton.jit
+def fold_logits(
+    y, u, label_column, state, slope2, WANT_GAP: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Add logits y [N, V] to their rows' (m, ones, tail, s, q, y of the label, ut, us)."""
+    m, ones, tail, s, q, y_label, ut, us = state
+    top = tl.max(y, axis=1)
+    rises = top > m  # a NaN is no maximum; it shows in the tail
+    m_new = tl.where(rises, top, m)
+    d = ones + tail
+    step = tl.where(d == 0.0, 0.0, m - m_new)
+    r = tl.exp2(step * slope2)
+    tail = tl.where(rises, d * r, tail)
+    q = tl.where(rises, (ones + q) * r * r, q)
+    s = tl.where(rises, tl.where(r == 0.0, 0.0, (s + d * step) * r), s)
+    ones = tl.where(rises, 0.0, ones)
+    t = y - m_new[:, None]
+    is_top = y == m_new[:, None]
+    e = tl.where(is_top, 0.0, tl.exp2(t * slope2[:, None]))
+    ones += tl.sum(tl.where(is_top, 1.0, 0.0), axis=1)
+    tail += tl.sum(e, axis=1)
+    s += tl.sum(tl.where(e == 0.0, 0.0, e * t), axis=1)
+    q += tl.sum(e * e, axis=1)
+    if WANT_GAP:
+        ut += tl.where(us == 0.0, 0.0, us * step)
+        ut += tl.sum(tl.where(u[None, :] == 0.0, 0.0, u[None, :] * t), axis=1)
+        us += tl.sum(u, axis=0)
+    is_here = (label_column >= 0) & (label_column < BLOCK_V)
+    if tl.max(is_here.to(tl.int32), axis=0) > 0:  # most tiles hold the label of no row
+        at_label = tl.arange(0, BLOCK_V)[None, :] == label_column[:, None]
+        y_label += tl.sum(tl.where(at_label, y, 0.0), axis=1)
+    return m_new, ones, tail, s, q, y_label, ut, us
+
+
+@triton.jit
+def fold_tile(
+    acc, first, label_column, state, slope2, sign, inner, vocab, bias_ptr, class_weight_ptr,
+    LOGITS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_GAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of products to the rows' sums, in PARTS parts of its columns, one after another:
+    fewer registers.
+    """
+    if PARTS == 1:
+        offs_v = first + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < vocab
+        entries = tl.where(mask_v, offs_v, 0)
+        bias = 0.0
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + entries)[None, :]
+        y = acc.to(LOGITS).to(tl.float32)
+        y = bent(y, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
+        if first + BLOCK_V > vocab:
+            y = tl.where(mask_v[None, :], y, float("-inf"))
+        u = 0.0
+        if WANT_GAP:
+            u = tl.where(mask_v, load_or(class_weight_ptr, entries, 1.0), 0.0)
+        state = fold_logits(y, u, label_column, state, slope2, WANT_GAP, BLOCK_V)
+    else:
+        HALF: tl.constexpr = BLOCK_V // 2
+        halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, HALF]), (0, 2, 1)))
+        for i in tl.static_range(2):
+            state = fold_tile(
+                halves[i], first + i * HALF, label_column - i * HALF, state, slope2, sign, inner,
+                vocab, bias_ptr, class_weight_ptr, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N, HALF,
+                PARTS // 2,
+            )  # fmt: skip
+    return state
+
+
+@triton.jit
+def tile_of_program(n_rows, n_spans, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr):
+    """(first row, span): GROUP_N row tiles go through the spans together, so that a tile of the
+    weight is read from memory once for GROUP_N * BLOCK_N rows.
+    """
+    row_tiles = tl.cdiv(n_rows, BLOCK_N)
+    pid = tl.program_id(0)
+    width = GROUP_N * n_spans
+    first = pid // width * GROUP_N
+    size = tl.minimum(row_tiles - first, GROUP_N)
+    place = pid % width
+    return (first + place % size) * BLOCK_N, place // size
+
+
+@triton.jit(do_not_specialize=["stride_hidden", "stride_weight", "n_rows", "vocab", "dim"])
+def score_tiles_kernel(
+    hidden, weight, stride_hidden, stride_weight, n_rows, vocab, dim,
+    labels_ptr, temperature_ptr, bias_ptr, class_weight_ptr, head, sums_ptr,
+    LOGITS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_GAP: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
+    GROUP_N: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """hidden, weight: descriptors with TMA, else pointers. Strides and dim in units of UNIT
+    elements, so that the compiler knows the alignment. sums [N, spans, FIELDS] fp32; the last
+    two fields only with WANT_GAP.
+    """
+    dim = dim * UNIT
+    n_spans = tl.cdiv(vocab, SPAN)
+    first_row, span = tile_of_program(n_rows, n_spans, BLOCK_N, GROUP_N)
+    rows = first_row + tl.arange(0, BLOCK_N)
+    inside = rows < n_rows
+    lines = tl.where(inside, rows, 0)  # rows past the end are multiplied and never stored
+    label = tl.load(labels_ptr + lines)
+    sign, inner, slope = row_transform(head, temperature_ptr, lines, BENDS)
+    zero = tl.zeros([BLOCK_N], tl.float32)
+    slope2 = slope * LOG2_E + zero
+    sign = (sign + zero)[:, None]
+    state = (zero + LOWEST, zero, zero, zero, zero, zero, zero, zero)
+    begin = span * SPAN
+    columns = tl.arange(0, BLOCK_V)
+    for first in range(begin, min(begin + SPAN, vocab), BLOCK_V):
+        entries = tl.where(first + columns < vocab, first + columns, 0)
+        acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for k in range(0, dim, BLOCK_D):
+            x = load_tile(
+                hidden, first_row, lines, k, dim, stride_hidden.to(tl.int64) * UNIT,
+                TMA, EVEN, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            w = load_tile(
+                weight, first, entries, k, dim, stride_weight.to(tl.int64) * UNIT,
+                TMA, EVEN, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+        state = fold_tile(
+            acc, first, label - first, state, slope2, sign, inner, vocab, bias_ptr,
+            class_weight_ptr, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N, BLOCK_V, PARTS,
+        )  # fmt: skip
+    ptrs = sums_ptr + (lines.to(tl.int64) * n_spans + span) * FIELDS
+    for i in tl.static_range(6):
+        tl.store(ptrs + i, state[i], mask=inside)
+    if WANT_GAP:
+        tl.store(ptrs + 6, state[6], mask=inside)
+        tl.store(ptrs + 7, state[7], mask=inside)
+
+
+@triton.jit
+def join_spans(
+    sums_ptr, n_spans, slope2, WANT_GAP: tl.constexpr, FIELDS: tl.constexpr, SPANS: tl.constexpr
+):
+    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row. Lane i takes spans i, i + SPANS,
+    ...; lanes join at the end.
+    """
+    lanes = tl.arange(0, SPANS)
+    m_lane = tl.zeros([SPANS], tl.float32) + LOWEST
+    for first in range(0, n_spans, SPANS):
+        m_span = tl.load(
+            sums_ptr + (first + lanes) * FIELDS, mask=first + lanes < n_spans, other=LOWEST
+        )
+        m_lane = tl.where(m_span > m_lane, m_span, m_lane)
+    m = tl.max(m_lane, axis=0)
+    zero = tl.zeros([SPANS], tl.float32)
+    ones, tail, s, q, gap = zero, zero, zero, zero, zero
+    for first in range(0, n_spans, SPANS):
+        ptrs = sums_ptr + (first + lanes) * FIELDS
+        mask = first + lanes < n_spans
+        m_span = tl.load(ptrs, mask=mask, other=LOWEST)
+        part_ones = tl.load(ptrs + 1, mask=mask, other=0.0)
+        part_tail = tl.load(ptrs + 2, mask=mask, other=0.0)
+        part_s = tl.load(ptrs + 3, mask=mask, other=0.0)
+        part_q = tl.load(ptrs + 4, mask=mask, other=0.0)
+        d = part_ones + part_tail
+        step = tl.where(d == 0.0, 0.0, m_span - m)
+        r = tl.exp2(step * slope2)
+        is_top = m_span == m
+        ones += tl.where(is_top, part_ones, 0.0)
+        tail += tl.where(is_top, part_tail, d * r)
+        q += tl.where(is_top, part_q, (part_ones + part_q) * r * r)
+        s += tl.where(r == 0.0, 0.0, (part_s + d * step) * r)
+        if WANT_GAP:
+            us = tl.load(ptrs + 7, mask=mask, other=0.0)
+            gap += tl.load(ptrs + 6, mask=mask, other=0.0)
+            gap += tl.where(us == 0.0, 0.0, us * step)
+    sums = (tl.sum(ones, axis=0), tl.sum(tail, axis=0), tl.sum(s, axis=0), tl.sum(q, axis=0))
+    return m, sums[0], sums[1], sums[2], sums[3], tl.sum(gap, axis=0)
+
+
+@triton.jit(do_not_specialize=["vocab", "n_spans", "ignore_index", "stride_coefs"])
+def score_finish_kernel(
+    sums_ptr, vocab, n_spans, labels_ptr, ignore_index, weights_ptr, given_ptrs, gate_ptrs,
+    temperature_ptr, sum_u_ptr, head, hyper, outputs, stride_coefs, flag_ptr,
+    CODES: tl.constexpr, BENDS: tl.constexpr, WANT_GAP: tl.constexpr, SPAN: tl.constexpr,
+    FIELDS: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    """One row: its spans joined, its statistics and its objective. SPAN: entries of V of a span."""
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row)
+    weight = load_or(weights_ptr, row, 1.0)
+    if (label != ignore_index) & (weight != 0.0):
+        _, _, slope = row_transform(head, temperature_ptr, row, BENDS)
+        at, poison = checked_label(label, vocab, row, flag_ptr)
+        spans_ptr = sums_ptr + row.to(tl.int64) * n_spans * FIELDS
+        sums = join_spans(spans_ptr, n_spans, slope * LOG2_E, WANT_GAP, FIELDS, SPANS)
+        y_label = tl.load(spans_ptr + at // SPAN * FIELDS + 5) + poison
+        sum_u = load_or(sum_u_ptr, 0, vocab * 1.0)
+        _, logp, entropy, lse, gap, log_sum_p2, is_top1, _, _ = statistics(
+            sums, slope, y_label, vocab, sum_u
+        )
+        scalars = (logp, entropy, lse, gap)
+        loss, a, b, c, e = evaluate_row(
+            row, scalars, poison, given_ptrs, gate_ptrs, hyper, CODES
+        )  # fmt: skip
+        stats = (logp, entropy + poison, lse + poison, log_sum_p2 + poison, is_top1, gap + poison)
+        write_row(outputs, row, stride_coefs, stats, loss, (a, b, c, e))
+    else:
+        zeros = (0.0, 0.0, 0.0, 0.0)
+        write_row(outputs, row, stride_coefs, (0.0, 0.0, 0.0, 0.0, False, 0.0), 0.0, zeros)
+
+
+def operands(hidden, weight, config: ScoreConfig):
+    """The tensors, or their descriptors."""
+    if not config.tma:
+        return hidden, weight
+    blocks = ((hidden, config.block_n), (weight, config.block_v))
+    return tuple(TensorDescriptor.from_tensor(x, [n, config.block_d]) for x, n in blocks)
+
+
+def sums_nbytes(vocab: int) -> int:
+    """Bytes per row between the two kernels."""
+    return 4 * SUMS * triton.cdiv(vocab, ScoreConfig.span)
+
+
+def score_rows(hidden, weight, rows, outputs, flag, logits_dtype, config=None):
+    """Run both kernels. hidden [N, D], weight [V, D], unit stride in D; rows: calls.Rows, fp32 and
+    contiguous, without coefs; outputs and flag as in `row_pass`; logits are rounded to
+    logits_dtype. Allocates 32 bytes per row and span of V.
+    """
+    (count, dim), vocab = hidden.shape, weight.shape[0]
+    if count == 0:
+        return
+    head, terms = rows.head, rows.codes[0::3]
+    scalars = (head.softcap, head.logit_scale, head.temperature)
+    want_gap = TABLE["smoothing"].code in terms or outputs[6] is not None
+    sum_u = None if rows.class_weight is None else rows.class_weight.sum().reshape(1)
+    negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
+    unit = min(alignment(hidden, weight), dim & -dim)
+    plain = not (head.softcap or negative or want_gap)
+    config = config or score_config(hidden, unit, plain)
+    n_spans = triton.cdiv(vocab, config.span)
+    sums = torch.empty(count, n_spans, SUMS, dtype=torch.float32, device=hidden.device)
+    x, w = operands(hidden, weight, config)
+    with device_of(hidden):
+        score_tiles_kernel[(triton.cdiv(count, config.block_n) * n_spans,)](
+            x, w, hidden.stride(0) // unit, weight.stride(0) // unit, count, vocab, dim // unit,
+            rows.labels, rows.temperature, rows.bias, rows.class_weight if want_gap else None,
+            scalars, sums,
+            LOGITS=LOGITS[logits_dtype], BENDS=head.softcap != 0, SIGNED=negative,
+            WANT_GAP=want_gap, TMA=config.tma, EVEN=dim % config.block_d == 0, UNIT=unit,
+            PRECISION=config.precision, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
+            BLOCK_D=config.block_d, SPAN=config.span, GROUP_N=config.group_n, PARTS=config.parts,
+            FIELDS=SUMS, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        score_finish_kernel[(count,)](
+            sums, vocab, n_spans, rows.labels, rows.ignore_index, rows.weights,
+            (rows.old, rows.mu, rows.ref, rows.adv), tuple(rows.extras.values()), rows.temperature,
+            sum_u, scalars,
+            () if rows.hyper is None else tuple(rows.hyper.float().flatten().tolist()),
+            outputs, 0 if outputs[7] is None else outputs[7].stride(0), flag,
+            CODES=tuple(rows.codes), BENDS=head.softcap != 0, WANT_GAP=want_gap, SPAN=config.span,
+            FIELDS=SUMS, SPANS=FINISH_SPANS, num_warps=1,
+        )  # fmt: skip
