@@ -3,8 +3,11 @@ memory of the allocator, peers and bars of a GPU; on CPU tensors with the CUDA b
 """
 
 import argparse
+import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import cuda_on_cpu
 import host_cluster
@@ -192,6 +195,23 @@ def test_provenance_of_a_gpu_names_device_driver_and_versions(monkeypatch):
     assert {"torch", "cuda", "triton", "liger-kernel", "quack-kernels"} <= set(found["versions"])
     record = {**found, "op": "scoring", "shape": [1, 2, 3], "dtype": "bf16"}
     assert "a GPU, 132 multiprocessors (sm_90), driver 580.1" in report.render(record)
+
+
+def test_the_gpu_check_fits_nine_minutes_and_names_files_and_options_that_exist():
+    root = Path(__file__).parents[1]
+    command = ["bash", str(root / "bench/gpu_check.sh"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    stages = re.findall(r"^(\w+) +(\d+)s  (.*)$", done.stdout, re.MULTILINE)
+    assert {"build", "tests", "memcheck", "racecheck", "bars", "rows"} <= {s[0] for s in stages}
+    assert sum(int(seconds) for _, seconds, _ in stages) < 540
+    for path in re.findall(r"\b(?:tests|bench)/\w+\.py", done.stdout):
+        assert (root / path).exists(), path
+    benches = [line for _, _, line in stages if "pyoffline bench" in line]
+    assert len(benches) >= 3
+    for line in benches:
+        args = _parse(*line.split(" bench ")[1].split())
+        assert args.device == "cuda" and set(args.op) <= set(ops.NAMES)
+        assert all(Shape.parse(text) in BARS["cuda"] for text in args.shape or [])
 
 
 @pytest.mark.gpu
