@@ -28,16 +28,46 @@ stage() {
   summary+=("$(printf '%-10s exit %3d  %4d s  %s' "$name" $status $((SECONDS - begin)) "$(tail -n 1 "$OUT/$name.log" | cut -c1-90)")")
 }
 
-stage machine 20 "$PYTHON" -c "import torch, json; p = torch.cuda.get_device_properties(0); print(json.dumps({'gpu': p.name, 'sms': p.multi_processor_count, 'l2': p.L2_cache_size, 'torch': torch.__version__, 'cuda': torch.version.cuda}))"
-stage build 200 env PYOFFLINE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
-stage tests 150 "$PYTHON" -m pytest -q -m gpu tests
+# bench NAME SECONDS ARGUMENTS...: floor and copy of the same run, both GPU backends, JSON with device, driver, versions, date
+bench() {
+  local name=$1 limit=$2
+  shift 2
+  stage "$name" "$limit" "$PYTHON" -m pyoffline bench --device cuda --json "$OUT/$name.json" "$@"
+}
+
+files=(tests/test_gpu_*.py tests/test_benchmarks_device.py)
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu)
+sanitizer="compute-sanitizer --error-exitcode 9 --tool"
+
+stage build 100 env PYOFFLINE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+# Both backends must be there: a test of a backend that is not is skipped, and a skipped check is no check.
+stage backends 30 "$PYTHON" -c "import pyoffline as po; from pyoffline.backends import why_not; print(po.backends()); assert not (why_not('cuda', 'cuda') or why_not('triton', 'cuda'))"
+# The backends side by side: Triton's tests mostly compile, on the host.
+# shellcheck disable=SC2016
+stage tests 150 bash -c 'log=$0
+  "$@" -k "not triton" >"$log-cuda.log" 2>&1 & first=$!
+  "$@" -k triton >"$log-triton.log" 2>&1
+  second=$?
+  wait $first
+  first=$?
+  tail -n 2 "$log-cuda.log" "$log-triton.log"
+  exit $((first | second))' "$OUT/tests" "${pytest[@]}" -rs "${files[@]}"
 # Small rows only: the checkers are slow.
-stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -x tests -m gpu -k "agrees and (-7 or -300 or -4097)"
-stage racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m pytest -q -x tests -m gpu -k "agrees and -300"
-stage bandwidth 60 "$PYTHON" bench/gpu_row_pass.py --json "$OUT/row_pass.json"
+# shellcheck disable=SC2086
+stage memcheck 35 $sanitizer memcheck "${pytest[@]}" -x tests/test_gpu_numbers_2.py -k "agrees"
+# shellcheck disable=SC2086
+stage racecheck 35 $sanitizer racecheck "${pytest[@]}" -x tests/test_gpu_numbers_2.py -k "agrees and 300"
+# Shapes and bars of DESIGN.md section 7. What a cut-off stage has finished is in its JSON.
+bench bars 75 --op linear_policy_loss linear_token_logps scoring --rounds 5 --no-peers --budget
+bench large 45 --op linear_policy_loss --shape 8192,4096,151936 8192,896,151936 --rounds 5 --no-peers --no-memory --budget
+bench peers 40 --op linear_cross_entropy --rounds 3 --budget
+stage rows 20 "$PYTHON" bench/gpu_row_pass.py --rounds 11 --json "$OUT/rows.json"
 
 [ "$dry" = --dry-run ] && exit 0
-cat "$OUT/bandwidth.log" 2>/dev/null | tail -n 20
+for name in bars large peers rows; do
+  printf '\n== %s\n' "$name"
+  cat "$OUT/$name.log"
+done
 printf '%s\n' "${summary[@]}"
 echo "$failed stages failed"
 exit "$failed"

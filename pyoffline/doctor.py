@@ -42,22 +42,35 @@ def report() -> tuple[str, bool]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"GPU          {', '.join(gpus) or 'none that torch can use'}")
     lines += ["", str(backends()), ""]
-    loss_error, gradient_error = known_answer()
-    healthy = max(loss_error, gradient_error) <= LIMIT
-    verdict = "ok" if healthy else "WRONG: please report this with the lines above"
-    lines.append(
-        f"known answer {verdict} (PPO-clip against fp64 PyTorch: loss off by {loss_error:.1e}, "
-        f"gradient by {gradient_error:.1e}; the limit is {LIMIT:.0e})"
-    )
+    healthy = True
+    for device, backend in _places():
+        loss_error, gradient_error = known_answer(device, backend)
+        good = max(loss_error, gradient_error) <= LIMIT
+        healthy &= good
+        verdict = "ok" if good else "WRONG: please report this with the lines above"
+        where = "" if device == "cpu" else f" on {device} by {backend}"
+        lines.append(
+            f"known answer {verdict}{where} (PPO-clip against fp64 PyTorch: loss off by "
+            f"{loss_error:.1e}, gradient by {gradient_error:.1e}; the limit is {LIMIT:.0e})"
+        )
     return "\n".join(lines), healthy
 
 
-def known_answer() -> tuple[float, float]:
+def _places() -> list[tuple[str, str]]:
+    """(device, backend) of every known answer: what is picked on the CPU, each GPU backend."""
+    from pyoffline.backends import GPU_BACKENDS, why_not
+
+    there = [name for name in GPU_BACKENDS if why_not(name, "cuda") is None]
+    return [("cpu", "auto"), *(("cuda", name) for name in there)]
+
+
+def known_answer(device: str = "cpu", backend: str = "auto") -> tuple[float, float]:
     """Errors of loss and dhidden of a small fp32 PPO-clip against the formula in fp64 plain
     PyTorch.
     """
     import torch
 
+    from pyoffline.backends import use_backend
     from pyoffline.head import Head
     from pyoffline.policy_loss import linear_policy_loss
     from pyoffline.records import TokenBatch
@@ -69,15 +82,15 @@ def known_answer() -> tuple[float, float]:
     old = torch.log_softmax(hidden @ weight.T, -1).gather(-1, labels[:, None])[:, 0]
     old = old + 0.1 * torch.randn(64, generator=random)
     advantages = torch.randn(64, generator=random)
-    x = hidden.clone().requires_grad_()
-    out = linear_policy_loss(
-        x, Head(weight), TokenBatch(labels, advantages=advantages, old_logps=old), PPOClip()
-    )
-    out.loss.backward()
+    x = hidden.to(device, copy=True).requires_grad_()
+    rows = [t.to(device) for t in (labels, advantages, old)]
+    with use_backend(backend):
+        out = linear_policy_loss(x, Head(weight.to(device)), TokenBatch(*rows), PPOClip())
+        out.loss.backward()
     y = hidden.double().requires_grad_()
     logps = torch.log_softmax(y @ weight.double().T, -1).gather(-1, labels[:, None])[:, 0]
     ratio, adv = (logps - old.double()).exp(), advantages.double()
     loss = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv).mean()
     loss.backward()
-    gradient = (x.grad.double() - y.grad).abs().max() / y.grad.abs().max()
+    gradient = (x.grad.cpu().double() - y.grad).abs().max() / y.grad.abs().max()
     return abs(float(out.loss.detach()) - float(loss.detach())), float(gradient)

@@ -11,6 +11,7 @@ import torch
 
 from pyoffline.benchmarks import cli, memory, ops, plot, report, row_pass
 from pyoffline.benchmarks.check import Check, check, pick_rows
+from pyoffline.benchmarks.device import by_clock
 from pyoffline.benchmarks.floor import GEMMS, Floor
 from pyoffline.benchmarks.provenance import provenance
 from pyoffline.benchmarks.providers import CUT_CROSS_ENTROPY, TORCH_CHUNKED, Provider
@@ -66,7 +67,7 @@ def test_interleave_alternates_the_order_and_times_only_run():
         Variant("a", lambda: order.append("a"), lambda: order.append("before a")),
         Variant("b", lambda: order.append("b")),
     ]
-    seconds = interleave(variants, 2, clock=lambda: next(ticks))
+    seconds = interleave(variants, 2, by_clock(lambda: next(ticks)))
     assert order == ["before a", "a", "b", "b", "before a", "a"]
     assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
 

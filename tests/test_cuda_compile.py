@@ -118,3 +118,15 @@ def test_the_machine_code_copies_16_bytes_and_uses_no_local_memory(arch):
     for part in parts:
         assert "LDGSTS.E.BYPASS.128" in part and "LDS.128" in part
         assert not re.search(r"\b(STL|LDL)\b", part), part[:200]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_upstream_kernel_reads_and_writes_16_bytes_and_spills_nothing(arch, tmp_path):
+    source, out = ROOT / "csrc/cuda/scale_by_upstream.cu", tmp_path / "out.ptx"
+    flags = ["-O3", "-std=c++17", f"-arch={arch}", "-ptx", str(source), "-o", str(out)]
+    done = subprocess.run([NVCC, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"\.entry ", out.read_text())[1:]
+    assert len(parts) == 3  # float, bf16, f16
+    for part in parts:
+        assert "st.global.v4" in part and "ld.global.v4" in part and ".local" not in part

@@ -23,7 +23,7 @@ class Case:
     name: str
     ours: Call
     torch: Call
-    bar: Callable[[Shape, str], float | None]
+    bar: Callable[[Shape, str, str], float | None]  # shape, dtype, device
     floor: tuple[str, ...] = GEMMS
     products: int = 3
     grads: tuple[bool, bool] = (True, True)  # hidden, weight

@@ -29,6 +29,7 @@ class Check:
     max_ratio: float
     rms_ratio: float
     limit: float
+    backend: str = "auto"
 
     @property
     def passed(self) -> bool:
@@ -81,8 +82,8 @@ def _row_error(case: Case, few: Inputs) -> float:
     return total / few.labels.numel()
 
 
-def check(case: Case, inputs: Inputs) -> list[Check]:
-    """Checks of one chunk and of two, before any timing."""
+def check(case: Case, inputs: Inputs, backend: str = "auto") -> list[Check]:
+    """Checks of one chunk and of two, before any timing, by the backend in force."""
     few = inputs.take(pick_rows(inputs))
     truth = _results(case, case.torch, _widen(few))
     same = {k: _errors(v, truth[k]) for k, v in _results(case, case.torch, few).items()}
@@ -98,5 +99,5 @@ def check(case: Case, inputs: Inputs) -> list[Check]:
             grain = torch.finfo(torch.float32).eps * float(want.abs().max())
             error = _errors(ours[name], want)
             ratios = [e / max(t, grain) for e, t in zip(error, same[name], strict=True)]
-            checks.append(Check(name, chunks, *ratios, LIMITS[name]))
+            checks.append(Check(name, chunks, *ratios, LIMITS[name], backend))
     return checks

@@ -12,19 +12,21 @@ examples:
   pyoffline bench                           PPO-clip at 1024,896,151936 in bf16, with peers
   pyoffline bench --op all --shape all --dtype bf16 fp32 --save
   pyoffline bench --shape 16384,896,151936 --no-time --no-peers       memory is flat in N
+  pyoffline bench --device cuda --op all --save                       on a GPU, both GPU backends
   pyoffline bench --load bench/results/cpu/*.json --plot bench.png    draw what was measured
 """
-DEFAULT_OP, DEFAULT_SHAPE, DEFAULT_FOLDER = (
-    "linear_policy_loss",
-    "1024,896,151936",
-    "bench/results/cpu",
-)
+DEFAULT_OP = "linear_policy_loss"
+DEFAULT_SHAPE = {"cpu": "1024,896,151936", "cuda": "4096,4096,128256"}
+DEFAULT_FOLDER = {"cpu": "bench/results/cpu", "cuda": "bench/results/gpu"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyoffline bench`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s"
+    )
     parser.add_argument(
         "--op",
         nargs="+",
@@ -36,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         nargs="+",
-        default=[DEFAULT_SHAPE],
         metavar="N,D,V",
-        help=f"default {DEFAULT_SHAPE}; all: every shape that has a bar",
+        help=f"default {DEFAULT_SHAPE['cpu']}, on a GPU {DEFAULT_SHAPE['cuda']}; "
+        "all: every shape that has a bar there",
     )
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=("bf16", "fp32"))
     parser.add_argument(
@@ -64,9 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save",
         nargs="?",
-        const=DEFAULT_FOLDER,
+        const="",
         metavar="FOLDER",
-        help=f"write FOLDER/<date>-<op>.json (default folder {DEFAULT_FOLDER})",
+        help=f"write FOLDER/<date>-<op>.json (default folder {DEFAULT_FOLDER['cpu']}, on a GPU "
+        f"{DEFAULT_FOLDER['cuda']})",
     )
     parser.add_argument("--plot", metavar="FILE.png", help="draw times and memory")
     parser.add_argument("--load", nargs="+", metavar="FILE", help="measure nothing, read records")
@@ -83,7 +86,7 @@ def _choose(names: list[str], allowed, what: str) -> list[str]:
 
 def measure(args) -> list[dict]:
     """Run what the arguments name; every record is printed as soon as it is there."""
-    from pyoffline.benchmarks import ops, report, row_pass
+    from pyoffline.benchmarks import device, ops, report, row_pass
     from pyoffline.benchmarks.provenance import provenance
     from pyoffline.benchmarks.runner import Settings, run_case
     from pyoffline.benchmarks.shapes import SHAPES, Shape
@@ -91,7 +94,9 @@ def measure(args) -> list[dict]:
     if args.rounds < 1 or any(budget < 1 for budget in args.budget):
         raise ValueError("--rounds and --budget: expected positive numbers")
     names = _choose(args.op, ops.NAMES, "--op")
-    shapes = SHAPES if "all" in args.shape else [Shape.parse(text) for text in args.shape]
+    texts = args.shape or [DEFAULT_SHAPE[args.device]]
+    shapes = SHAPES[args.device] if "all" in texts else [Shape.parse(text) for text in texts]
+    device.require(args.device)
     settings = Settings(
         rounds=args.rounds,
         budgets=tuple(args.budget),
@@ -99,12 +104,13 @@ def measure(args) -> list[dict]:
         memory=not args.no_memory,
         peers=not args.no_peers,
         peer_limit_s=args.peer_limit,
+        device=args.device,
     )
     records = []
     for name in names:
         for shape in shapes:
             for dtype in args.dtype:
-                origin = provenance()  # before: the load average is then not our own
+                origin = provenance(args.device)  # before: the load average is then not our own
                 if name == ops.ROW_PASS:
                     found = row_pass.run(shape, dtype, settings)
                 else:
@@ -121,8 +127,8 @@ def keep(args, records: list[dict]) -> None:
 
     if args.json:
         report.write(Path(args.json), records)
-    if args.save:
-        report.save(Path(args.save), records[-1:])
+    if args.save is not None:
+        report.save(Path(args.save or DEFAULT_FOLDER[args.device]), records[-1:])
 
 
 def run(args) -> int:

@@ -5,12 +5,12 @@
 
 Each is 2NDV FLOP. Outputs are preallocated, operands random. Candidates per product: torch.mm in
 the dtype, MKL's mixed GEMM (fp32 result) on whole matrices by ctypes, and the panelled calls of
-`pyoffline._C`, which round to the dtype while a panel is in cache. A short warm-up picks one per
-product and the choice is reported. Not here: row passes, chunks.
+`pyoffline._C`, which round to the dtype while a panel is in cache; on a GPU torch.mm in the dtype
+and with an fp32 result. A short warm-up picks one per product and the choice is reported. Not here:
+row passes, chunks.
 """
 
 import ctypes
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from pyoffline import _C
+from pyoffline.benchmarks.device import stopwatch
 from pyoffline.benchmarks.shapes import Inputs, Shape
+from pyoffline.gpu_gemm import wide_mm
 
 GEMMS = ("logits", "dhidden", "dweight")
 WARM_ROWS = 256
@@ -69,18 +71,20 @@ class Floor:
     def __init__(self, shape: Shape, dtype: torch.dtype, inputs: Inputs):
         self.shape, self.dtype = shape, dtype
         self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
-        self.cblas = CblasGemm.find(dtype)
+        self.kind = inputs.hidden.device.type
+        self.cblas = CblasGemm.find(dtype) if self.kind == "cpu" else None
         self.buffers: dict[str, Tensor] = {}
         self.chosen: dict[str, str] = {}
         self.seconds: dict[str, dict[str, float]] = {}
         # Random values for the other two products; the logits GEMM writes the same again.
-        _panels_logits(self, shape.n)()
+        (_panels_logits if self.kind == "cpu" else _torch_logits)(self, shape.n)()
 
     def buffer(self, name: str, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        """A preallocated output, on huge pages where they are allowed."""
+        """A preallocated output, on a CPU on huge pages where they are allowed."""
         if name not in self.buffers:
-            out = torch.empty(rows, cols, dtype=dtype)
-            _C.advise_hugepages(out)
+            out = torch.empty(rows, cols, dtype=dtype, device=self.hidden.device)
+            if not out.is_cuda:
+                _C.advise_hugepages(out)
             out.fill_(float("nan"))  # the page faults are taken here
             self.buffers[name] = out
         return self.buffers[name]
@@ -92,6 +96,10 @@ class Floor:
     def candidates(self, gemm: str) -> dict[str, Callable[[int], Callable[[], None]]]:
         """Name -> function of the number of rows that returns the call."""
         found = {"torch.mm": TORCH[gemm]}
+        if self.kind != "cpu":
+            if self.dtype != torch.float32:
+                found["torch.mm, fp32 out"] = WIDE[gemm]
+            return found
         if self.dtype == torch.float32 or _C.gemm_info()[_short(self.dtype)]:
             found["pyoffline._C panels"] = PANELS[gemm]
         if self.cblas is not None:
@@ -103,10 +111,10 @@ class Floor:
         for gemm in wanted:
             table = self.candidates(gemm)
             few = min(self.shape.n, WARM_ROWS)
-            quick = {name: _best_of_two(make(self, few)) for name, make in table.items()}
+            quick = {name: self._best_of_two(make(self, few)) for name, make in table.items()}
             limit = HOPELESS * min(quick.values())
             full = {
-                name: _best_of_two(table[name](self, self.shape.n))
+                name: self._best_of_two(table[name](self, self.shape.n))
                 for name, seconds in quick.items()
                 if seconds <= limit
             }
@@ -116,8 +124,11 @@ class Floor:
             if progress is not None:
                 progress(f"floor {gemm}: {self.chosen[gemm]}, {full[self.chosen[gemm]]:.3f} s")
 
+    def _best_of_two(self, call: Callable[[], None]) -> float:
+        return min(stopwatch(self.kind)(call) for _ in range(2))
+
     def _still_used(self, buffer: str) -> bool:
-        whole = [g for g, name in self.chosen.items() if name.startswith("MKL whole")]
+        whole = [g for g, name in self.chosen.items() if name.endswith("fp32 out")]
         return buffer != "logits32" or "logits" in whole
 
     def run(self, gemm: str) -> None:
@@ -138,15 +149,6 @@ class Floor:
 
 def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-
-
-def _best_of_two(call: Callable[[], None]) -> float:
-    best = float("inf")
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _torch_logits(floor: Floor, rows: int):
@@ -201,9 +203,25 @@ def _whole_dweight(floor: Floor, rows: int):
     return lambda: floor.cblas(floor.logits()[:rows].t(), floor.hidden[:rows], out)
 
 
+def _wide_logits(floor: Floor, rows: int):
+    out = floor.buffer("logits32", floor.shape.n, floor.shape.v, torch.float32)[:rows]
+    return lambda: wide_mm(floor.hidden[:rows], floor.weight.t(), out)
+
+
+def _wide_dhidden(floor: Floor, rows: int):
+    out = floor.buffer("dhidden32", *floor.hidden.shape, torch.float32)[:rows]
+    return lambda: wide_mm(floor.logits()[:rows], floor.weight, out)
+
+
+def _wide_dweight(floor: Floor, rows: int):
+    out = floor.buffer("dweight32", *floor.weight.shape, torch.float32)
+    return lambda: wide_mm(floor.logits()[:rows].t(), floor.hidden[:rows], out)
+
+
 TORCH = dict(zip(GEMMS, (_torch_logits, _torch_dhidden, _torch_dweight), strict=True))
 PANELS = dict(zip(GEMMS, (_panels_logits, _panels_dhidden, _panels_dweight), strict=True))
 WHOLE = dict(zip(GEMMS, (_whole_logits, _whole_dhidden, _whole_dweight), strict=True))
+WIDE = dict(zip(GEMMS, (_wide_logits, _wide_dhidden, _wide_dweight), strict=True))
 # A teacher's logits are one more product of the first kind.
-for _table in (TORCH, PANELS, WHOLE):
+for _table in (TORCH, PANELS, WHOLE, WIDE):
     _table["teacher"] = _table["logits"]

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 
 import pyoffline as po
 from pyoffline.benchmarks.cases import Case
-from pyoffline.benchmarks.providers import CUT_CROSS_ENTROPY, TORCH_CHUNKED
+from pyoffline.benchmarks.providers import (
+    CUT_CROSS_ENTROPY,
+    CUT_CROSS_ENTROPY_TRITON,
+    LIGER,
+    QUACK,
+    TORCH_CHUNKED,
+)
 from pyoffline.benchmarks.shapes import fused_bar
 
 
@@ -33,6 +39,6 @@ CASES = (
         ours,
         plain,
         fused_bar,
-        more_peers=(TORCH_CHUNKED, CUT_CROSS_ENTROPY),
+        more_peers=(TORCH_CHUNKED, CUT_CROSS_ENTROPY, CUT_CROSS_ENTROPY_TRITON, LIGER, QUACK),
     ),
 )

@@ -67,7 +67,7 @@ CASES = (
         "linear_distill_loss",
         ours,
         plain,
-        lambda shape, dtype: None,
+        lambda shape, dtype, kind: None,
         floor=("logits", "teacher", "dhidden", "dweight"),
         products=4,
         more_peers=(CHUNKED,),

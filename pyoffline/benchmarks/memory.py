@@ -1,9 +1,9 @@
-"""Peak memory of one run beyond its inputs and gradients, in a fresh process per variant.
+"""Peak memory of one run beyond its inputs and gradients; on a CPU in a fresh process per variant.
 
 A small call first (thread pools, MKL buffers, code pages), then the high-water mark VmHWM is reset
 through /proc/self/clear_refs, then one run. Extra = VmHWM - resident size before - bytes of the
-gradients. Linux only. Run as `python -m pyoffline.benchmarks.memory JSON`; it prints one line of
-JSON.
+gradients. Linux only. On a GPU the same of torch's allocator, in this process. Run as
+`python -m pyoffline.benchmarks.memory JSON`; it prints one line of JSON.
 """
 
 import ctypes
@@ -53,28 +53,42 @@ def supported() -> bool:
     return True
 
 
-def measure(job: dict) -> dict:
-    """In this process: job = {op, provider ("ours" or a peer), shape, dtype, budget}."""
-    import torch
-
+def _ran(job: dict):
+    """(inputs, run): warmed up, gradients dropped, ready for the one run."""
+    from pyoffline.benchmarks import device
     from pyoffline.benchmarks.ops import CASES
-    from pyoffline.benchmarks.runner import budget_of
     from pyoffline.benchmarks.shapes import DTYPES, Shape, make_inputs
 
     case, shape, dtype = CASES[job["op"]], Shape.parse(job["shape"]), DTYPES[job["dtype"]]
     peer = next((p for p in case.peers if p.name == job["provider"]), None)
     call = case.ours if peer is None else peer.load()
-    inputs = make_inputs(shape, dtype, exact_old=False)
+    inputs = make_inputs(
+        shape, dtype, exact_old=False, device=device.place(job.get("device", "cpu"))
+    )
     small = inputs.take(slice(0, SMALL_ROWS))
     warm = inputs if peer is not None and peer.compiles else small
-    with budget_of(job["budget"]):
-        case.prepare(warm)
-        case.step(call, warm)()
-        case.prepare(inputs)
-        small.clear_grads()
-        baseline = reset_peak()
-        case.step(call, inputs)()
-        peak = status_nbytes("VmHWM")
+    case.prepare(warm)
+    case.step(call, warm)()
+    case.prepare(inputs)
+    small.clear_grads()
+    return inputs, case.step(call, inputs)
+
+
+def measure(job: dict) -> dict:
+    """In this process: job = {op, provider ("ours" or a peer), shape, dtype, budget, and where they
+    are not the CPU's: device, backend}.
+    """
+    import torch
+
+    import pyoffline as po
+    from pyoffline.benchmarks.runner import budget_of
+
+    on_cpu = job.get("device", "cpu") == "cpu"
+    with budget_of(job["budget"]), po.use_backend(job.get("backend", "auto")):
+        inputs, run = _ran(job)
+        baseline = reset_peak() if on_cpu else reset_device_peak()
+        run()
+        peak = status_nbytes("VmHWM") if on_cpu else torch.cuda.max_memory_allocated()
     grads = sum(
         x.grad.numel() * x.grad.element_size()
         for x in (inputs.hidden, inputs.weight)
@@ -87,6 +101,28 @@ def measure(job: dict) -> dict:
         "extra_nbytes": peak - baseline - grads,
         "threads": torch.get_num_threads(),
     }
+
+
+def reset_device_peak() -> int:
+    """Set the peak of torch's allocator to what is allocated on the GPU, return that in bytes."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def measure_or_say_why(job: dict) -> dict:
+    """`measure` in this process (a GPU's allocator tells variants apart); {"skipped": reason} when
+    it fails.
+    """
+    try:
+        return measure(job)
+    # Any failure of a peer's own is its reason.
+    except Exception as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        return {"skipped": words[0][:200]}
 
 
 def measure_fresh(job: dict, timeout_s: float = TIMEOUT_S) -> dict:

@@ -5,10 +5,13 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
+PEERS = ("cut-cross-entropy",)
+GPU_PACKAGES = ("triton", "liger-kernel", "quack-kernels")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_tile")
 
 
@@ -26,6 +29,37 @@ def cpu() -> dict:
         "cores": os.cpu_count(),
         "flags": {name: name in have for name in FLAGS},
     }
+
+
+def gpu() -> dict:
+    """The current GPU: model, multiprocessors, memory, compute capability, driver; `cores` and
+    `flags` as of a CPU.
+    """
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "kind": "gpu",
+        "model": found.name,
+        "cores": found.multi_processor_count,
+        "flags": {f"sm_{found.major}{found.minor}": True},
+        "memory_nbytes": found.total_memory,
+        "driver": driver(),
+    }
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver, where its own tool tells."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        # a fixed command of the driver's own package
+        done = subprocess.run(query, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().splitlines()[0]
 
 
 def git_hash() -> str | None:
@@ -51,7 +85,7 @@ def git_hash() -> str | None:
         return None
 
 
-def versions() -> dict:
+def versions(kind: str = "cpu") -> dict:
     """Versions of what the numbers depend on."""
     import numpy
     import torch
@@ -67,21 +101,24 @@ def versions() -> dict:
         "pyoffline_git": git_hash(),
         "python": platform.python_version(),
     }
-    try:
-        found["cut-cross-entropy"] = importlib.metadata.version("cut-cross-entropy")
-    except importlib.metadata.PackageNotFoundError:
-        found["cut-cross-entropy"] = None
+    for name in PEERS if kind == "cpu" else (*PEERS, *GPU_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    if kind != "cpu":
+        found["cuda"] = torch.version.cuda
     return found
 
 
-def provenance() -> dict:
+def provenance(kind: str = "cpu") -> dict:
     """The keys that every record carries."""
     import torch
 
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": cpu(),
-        "versions": versions(),
+        "device": cpu() if kind == "cpu" else {**gpu(), "host": cpu()["model"]},
+        "versions": versions(kind),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }

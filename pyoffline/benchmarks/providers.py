@@ -26,6 +26,7 @@ class Provider:
     compiles: bool = False
     logit_nbytes: int = 16  # bytes per logit at the peak, to skip what would not fit in memory
     note: str = ""
+    kinds: tuple[str, ...] = ("cpu", "cuda")  # devices
 
 
 def eager(call) -> Provider:
@@ -87,4 +88,43 @@ CUT_CROSS_ENTROPY = Provider(
     _cut_cross_entropy,
     compiles=True,
     note="without triton only this path's file is loaded: the package imports triton",
+)
+
+
+def _of_package(package: str, module: str, function: str, **options):
+    """A peer's fused linear cross entropy, called (hidden, weight, labels, **options)."""
+
+    def load():
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(MISSING)
+        fused = getattr(importlib.import_module(module), function)
+
+        def call(hidden, weight, inputs):
+            return fused(hidden, weight, inputs.labels, **options)
+
+        return call
+
+    return load
+
+
+GPU_ONLY = ("cuda",)
+CUT_CROSS_ENTROPY_TRITON = Provider(
+    "cut-cross-entropy",
+    _of_package("cut_cross_entropy", "cut_cross_entropy", "linear_cross_entropy", impl="cce"),
+    logit_nbytes=1,
+    kinds=GPU_ONLY,
+)
+LIGER = Provider(
+    "liger",
+    _of_package(
+        "liger_kernel", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
+    ),
+    logit_nbytes=4,
+    kinds=GPU_ONLY,
+)
+QUACK = Provider(
+    "quack",
+    _of_package("quack", "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+    logit_nbytes=4,
+    kinds=GPU_ONLY,
 )

@@ -106,7 +106,7 @@ def row_pass_rows(record: dict) -> list[list[str]]:
             line["name"],
             f"{line['median_s'] * 1e3:.1f}",
             *_ratio(line),
-            _bar(line["bar"], ".2f"),
+            f">= {line['copy_bar']:.0f} %" if "copy_bar" in line else _bar(line["bar"], ".2f"),
             verdict(line),
             f"{line['gb_s']:.2f}",
             f"{line['copy_gb_s']:.2f}",
@@ -140,11 +140,18 @@ def _head(record: dict) -> list[str]:
     device, versions = record.get("device"), record.get("versions")
     if device:
         units = " ".join(k for k, on in device["flags"].items() if on)
-        names = ("torch", "mkl", "numpy", "pyoffline", "pyoffline_git")
+        names = ("torch", "cuda", "triton", "mkl", "numpy", "pyoffline", "pyoffline_git")
         known = ", ".join(f"{k} {versions[k]}" for k in names if versions.get(k))
-        lines.append(f"{device['model']}, {device['cores']} cores ({units})")
+        cores = "multiprocessors" if device.get("kind") == "gpu" else "cores"
+        driver = f", driver {device['driver']}" if device.get("driver") else ""
+        lines.append(f"{device['model']}, {device['cores']} {cores} ({units}){driver}")
         lines.append(f"{record['threads']} threads, {known}, {record['date']}")
     return lines
+
+
+def _by(check: dict) -> str:
+    backend = check.get("backend", "auto")
+    return "" if backend == "auto" else f"{backend:<7}"
 
 
 def _checks(record: dict) -> list[str]:
@@ -153,7 +160,7 @@ def _checks(record: dict) -> list[str]:
         worst = f"max {c['max_ratio']:.2f}, RMS {c['rms_ratio']:.2f}, limit {c['limit']:.0f}"
         word = "pass" if c["passed"] else "FAIL, nothing is timed"
         lines.append(
-            f"check {c['name']:<8} {c['chunks']} chunk(s): error / torch's {worst}  {word}"
+            f"check {_by(c)}{c['name']:<8} {c['chunks']} chunk(s): error / torch's {worst}  {word}"
         )
     if "clipped" in record:
         lines.append(f"rows whose PPO gradient is clipped away: {100 * record['clipped']:.1f} %")

@@ -1,9 +1,9 @@
 """Runs one case at one shape: check, floor, timed rounds, peers, memory; returns a plain record
 for the report.
 
-Nothing is timed before the check has passed. Peers get one round, paired with a floor of the same
-round, and are skipped with the reason where a small run predicts more than `peer_limit_s`. Not
-here: printing.
+Nothing is timed before the check has passed. Peers get one round (on a GPU all), paired with a
+floor of the same round, and are skipped with the reason where a small run predicts more than
+`peer_limit_s`. Not here: printing.
 """
 
 import contextlib
@@ -12,12 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyoffline as po
-from pyoffline.benchmarks import memory
+from pyoffline.benchmarks import device, memory
 from pyoffline.benchmarks.cases import Case
 from pyoffline.benchmarks.check import check
 from pyoffline.benchmarks.floor import Floor
 from pyoffline.benchmarks.providers import Provider
-from pyoffline.benchmarks.shapes import DTYPES, MIB, Inputs, Shape, make_inputs, memory_bar
+from pyoffline.benchmarks.shapes import (
+    CHUNK,
+    DTYPES,
+    MIB,
+    Inputs,
+    Shape,
+    make_inputs,
+    memory_bar,
+)
 from pyoffline.benchmarks.timer import Variant, interleave, paired, time_once
 
 PEER_ROWS_DIVISOR, PEER_ROWS_MIN = 16, 64
@@ -40,6 +48,7 @@ class Settings:
     memory: bool = True
     peers: bool = True
     peer_limit_s: float = 180.0
+    device: str = "cpu"
     progress: Callable[[str], None] = to_stderr
 
 
@@ -48,8 +57,24 @@ def budget_of(mib: int | None):
     return po.memory_budget(mib * MIB) if mib else contextlib.nullcontext()
 
 
-def variant_name(budget: int | None) -> str:
-    return f"pyoffline, {budget} MiB" if budget else "pyoffline"
+def variant_name(budget: int | None, backend: str = "auto") -> str:
+    """The library, with the backend where several are measured and the budget where one is set."""
+    name = "pyoffline" if backend == "auto" else f"pyoffline {backend}"
+    return f"{name}, {budget} MiB" if budget else name
+
+
+def variants_of_ours(case: Case, settings: Settings) -> list[tuple[str, str, int | None]]:
+    """(name, backend, budget) of everything of ours that runs."""
+    return [
+        (variant_name(budget, backend), backend, budget)
+        for backend in device.ours(settings.device, case.name)
+        for budget in (None, *settings.budgets)
+    ]
+
+
+def peers_of(case: Case, settings: Settings) -> list[Provider]:
+    """The peers that are asked for on this device."""
+    return [p for p in case.peers if settings.device in p.kinds] if settings.peers else []
 
 
 def run_case(case: Case, shape: Shape, dtype: str, settings: Settings) -> dict:
@@ -73,8 +98,11 @@ def run_case(case: Case, shape: Shape, dtype: str, settings: Settings) -> dict:
 def _time(case: Case, shape: Shape, dtype: str, settings: Settings) -> dict:
     say = settings.progress
     say(f"{case.name} {shape} {dtype}: inputs and check")
-    inputs = make_inputs(shape, DTYPES[dtype])
-    checks = check(case, inputs)
+    inputs = make_inputs(shape, DTYPES[dtype], device=device.place(settings.device))
+    checks = []
+    for backend in device.ours(settings.device, case.name):
+        with po.use_backend(backend):
+            checks += check(case, inputs, backend)
     found = {"checks": [c.as_dict() for c in checks], "clipped": inputs.clipped()}
     if not all(c.passed for c in checks):
         return {**found, "variants": [], "peers": []}
@@ -83,9 +111,8 @@ def _time(case: Case, shape: Shape, dtype: str, settings: Settings) -> dict:
     case.prepare(inputs)
     found["floor"] = floor.describe()
     found["variants"] = time_ours(case, shape, dtype, settings, floor, inputs)
-    found["peers"] = []
-    if settings.peers:
-        found["peers"] = [time_peer(case, p, settings, floor, inputs) for p in case.peers]
+    peers = peers_of(case, settings)
+    found["peers"] = [time_peer(case, p, settings, floor, inputs) for p in peers]
     return found
 
 
@@ -103,17 +130,18 @@ def floor_seconds(seconds: dict[str, list[float]]) -> list[float]:
 def time_ours(case, shape, dtype, settings, floor, inputs) -> list[dict]:
     """The floor and ours at every budget, interleaved."""
     variants = floor_variants(floor, case.floor)
-    budgets = (None, *settings.budgets)
-    step = case.step(case.ours, inputs)
+    step, ours = case.step(case.ours, inputs), variants_of_ours(case, settings)
 
-    def run(budget):
-        with budget_of(budget):
+    def run(backend, budget):
+        with po.use_backend(backend), budget_of(budget):
             return step()
 
-    for budget in budgets:
-        name = variant_name(budget)
-        variants.append(Variant(name, lambda b=budget: run(b), inputs.clear_grads))
-    seconds = interleave(variants, settings.rounds, progress=settings.progress)
+    for name, *how in ours:
+        variants.append(Variant(name, lambda how=how: run(*how), inputs.clear_grads))
+    stopwatch = device.stopwatch(settings.device)
+    if settings.device != "cpu":  # kernels are compiled, memory is reserved
+        interleave(variants, 1, stopwatch)
+    seconds = interleave(variants, settings.rounds, stopwatch, settings.progress)
     inputs.clear_grads()
     base = floor_seconds(seconds)
     found = [entry(FLOOR, base, base, len(case.floor) * shape.gemm_flop)]
@@ -121,10 +149,11 @@ def time_ours(case, shape, dtype, settings, floor, inputs) -> list[dict]:
         g: {"seconds": seconds[f"{FLOOR} {g}"], "gflop_s": rate(shape, seconds[f"{FLOOR} {g}"])}
         for g in case.floor
     }
-    for budget in budgets:
-        name = variant_name(budget)
-        line = entry(name, seconds[name], base, case.flop(shape), case.bar(shape, dtype))
-        found.append({**line, **plan_of(case, shape, dtype, budget)})
+    bar = case.bar(shape, dtype, settings.device)
+    for name, backend, budget in ours:
+        line = entry(name, seconds[name], base, case.flop(shape), bar)
+        plan = plan_of(case, shape, dtype, budget, settings.device)
+        found.append({**line, "backend": backend, **plan})
     return found
 
 
@@ -154,12 +183,13 @@ def entry(name: str, seconds, base, flop: float, bar: float | None = None) -> di
     }
 
 
-def plan_of(case: Case, shape: Shape, dtype: str, budget: int | None) -> dict:
+def plan_of(case: Case, shape: Shape, dtype: str, budget: int | None, kind: str = "cpu") -> dict:
     """Chunks of a call, and the bytes beyond inputs and gradients that `explain` predicts."""
     with budget_of(budget):
         plan = po.explain(
             *(shape.n, shape.d, shape.v, DTYPES[dtype]),
             train_head=case.grads[1],
+            device=kind,
             teacher=DTYPES[dtype] if "teacher" in case.floor else None,
         )
     return {
@@ -169,10 +199,10 @@ def plan_of(case: Case, shape: Shape, dtype: str, budget: int | None) -> dict:
     }
 
 
-def does_not_fit(provider: Provider, shape: Shape) -> str | None:
+def does_not_fit(provider: Provider, shape: Shape, kind: str = "cpu") -> str | None:
     """The reason, where the peer's logits would not fit into the free memory."""
     needs = provider.logit_nbytes * shape.n * shape.v
-    free = memory.available_nbytes()
+    free = device.free_nbytes(kind)
     return f"needs {needs / MIB:.0f} MiB, {free / MIB:.0f} MiB are free" if needs > free else None
 
 
@@ -182,9 +212,10 @@ def time_peer(case: Case, provider: Provider, settings: Settings, floor, inputs:
     shape = floor.shape
     try:
         call = provider.load()
-        reason = does_not_fit(provider, shape)
+        reason = does_not_fit(provider, shape, settings.device)
+        stopwatch = device.stopwatch(settings.device)
         if reason is None:
-            predicted = predict_s(case, call, inputs, shape)
+            predicted = predict_s(case, call, inputs, shape, stopwatch)
             settings.progress(f"{provider.name}: predicted {predicted:.1f} s")
             whole = predicted * (2 if provider.compiles else 1)
             if whole > settings.peer_limit_s:
@@ -192,11 +223,12 @@ def time_peer(case: Case, provider: Provider, settings: Settings, floor, inputs:
         if reason is not None:
             return {**found, "skipped": reason}
         step = case.step(call, inputs)
-        if provider.compiles:
+        if provider.compiles or settings.device != "cpu":
             inputs.clear_grads()
             step()
         variants = [*floor_variants(floor, case.floor), Variant("peer", step, inputs.clear_grads)]
-        seconds = interleave(variants, 1)
+        rounds = 1 if settings.device == "cpu" else settings.rounds
+        seconds = interleave(variants, rounds, stopwatch)
         inputs.clear_grads()
     # A peer may fail in any way of its own (no compiler, no memory); the report says which.
     except Exception as error:
@@ -208,35 +240,38 @@ def time_peer(case: Case, provider: Provider, settings: Settings, floor, inputs:
     return {**found, **line}
 
 
-def predict_s(case: Case, call, inputs: Inputs, shape: Shape) -> float:
+def predict_s(case: Case, call, inputs: Inputs, shape: Shape, stopwatch) -> float:
     """Seconds at full N from the second run on few rows, in proportion."""
     rows = min(shape.n, max(PEER_ROWS_MIN, shape.n // PEER_ROWS_DIVISOR))
     few = inputs.take(slice(0, rows))
     case.prepare(few)
     step = Variant("small", case.step(call, few), few.clear_grads)
-    time_once(step)
-    return time_once(step) * shape.n / rows
+    time_once(step, stopwatch)
+    return time_once(step, stopwatch) * shape.n / rows
 
 
 def _memory(case: Case, shape: Shape, dtype: str, settings: Settings, peers: list) -> list[dict]:
-    if not memory.supported():
+    on_cpu = settings.device == "cpu"
+    if on_cpu and not memory.supported():
         return [{"name": "all", "skipped": "the peak cannot be reset here (no clear_refs)"}]
-    job = {"op": case.name, "shape": str(shape), "dtype": dtype}
+    job = {"op": case.name, "shape": str(shape), "dtype": dtype, "device": settings.device}
+    measure = memory.measure_fresh if on_cpu else memory.measure_or_say_why
     found = []
-    for budget in (None, *settings.budgets):
-        line = memory.measure_fresh({**job, "provider": "ours", "budget": budget})
+    for name, backend, budget in variants_of_ours(case, settings):
+        line = measure({**job, "provider": "ours", "budget": budget, "backend": backend})
         if "extra_nbytes" in line:
-            bar = memory_bar(shape) - (0 if budget is None else (512 - budget) * MIB)
+            less = 0 if budget is None else CHUNK[settings.device] - budget * MIB
+            bar = memory_bar(shape, settings.device) - less
             line["bar_nbytes"], line["passed"] = bar, line["extra_nbytes"] <= bar
-        plan = plan_of(case, shape, dtype, budget)
-        found.append({"name": variant_name(budget), **line, **plan})
-        settings.progress(f"memory {variant_name(budget)}: {line}")
+        plan = plan_of(case, shape, dtype, budget, settings.device)
+        found.append({"name": name, **line, **plan})
+        settings.progress(f"memory {name}: {line}")
     skipped = {p["name"]: p["skipped"] for p in peers if "skipped" in p}
-    for provider in case.peers if settings.peers else ():
-        reason = skipped.get(provider.name) or does_not_fit(provider, shape)
+    for provider in peers_of(case, settings):
+        reason = skipped.get(provider.name) or does_not_fit(provider, shape, settings.device)
         line = {"skipped": reason}
         if reason is None:
-            line = memory.measure_fresh({**job, "provider": provider.name, "budget": None})
+            line = measure({**job, "provider": provider.name, "budget": None})
         found.append({"name": provider.name, **line})
         settings.progress(f"memory {provider.name}: {line}")
     return found

@@ -52,25 +52,35 @@ class Shape:
         return (self.n * self.d + self.v * self.d + self.n * self.v) * itemsize
 
 
-# DESIGN.md section 7, the CPU row: time over the floor of a fused forward and backward in bf16.
+# DESIGN.md section 7, the CPU row and the H200 rows: time over the floor of a fused forward and
+# backward in bf16.
 FUSED_BARS = {
     Shape(1024, 896, 151936): 1.12,
     Shape(4096, 896, 151936): 1.12,
     Shape(2048, 2048, 32000): 1.10,
 }
-SHAPES = tuple(FUSED_BARS)
+GPU_FUSED_BARS = {
+    Shape(4096, 4096, 128256): 1.10,
+    Shape(8192, 4096, 151936): 1.12,
+    Shape(8192, 896, 151936): 1.35,
+}
+BARS = {"cpu": FUSED_BARS, "cuda": GPU_FUSED_BARS}
+SHAPES = {kind: tuple(bars) for kind, bars in BARS.items()}
+CHUNK = {"cpu": 512 * MIB, "cuda": 1024 * MIB}  # of the memory bar
 # Flat memory is shown by the same bytes at four times the tokens.
 MEMORY_SHAPE = Shape(16384, 896, 151936)
 
 
-def fused_bar(shape: Shape, dtype: str) -> float | None:
+def fused_bar(shape: Shape, dtype: str, kind: str = "cpu") -> float | None:
     """Time bar of three GEMMs and a row pass; bars are stated for bf16."""
-    return FUSED_BARS.get(shape) if dtype == "bf16" else None
+    return BARS[kind].get(shape) if dtype == "bf16" else None
 
 
-def memory_bar(shape: Shape) -> int:
-    """Bytes beyond inputs and gradients: one 512 MiB chunk and the fp32 accumulator of dweight."""
-    return 512 * MIB + 4 * shape.v * shape.d
+def memory_bar(shape: Shape, kind: str = "cpu") -> int:
+    """Bytes beyond inputs and gradients: one chunk (512 MiB, on a GPU 1 GiB) and the fp32
+    accumulator of dweight.
+    """
+    return CHUNK[kind] + 4 * shape.v * shape.d
 
 
 @dataclass(eq=False)
@@ -119,23 +129,30 @@ class Inputs:
         return (self.logps - self.old).exp()
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0, exact_old: bool = True) -> Inputs:
+def make_inputs(
+    shape: Shape,
+    dtype: torch.dtype,
+    seed: int = 0,
+    exact_old: bool = True,
+    device: torch.device | str = "cpu",
+) -> Inputs:
     """Random inputs; `exact_old=False` skips the GEMM for old (memory does not depend on it)."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
 
     def normal(*size):
-        return torch.randn(*size, generator=random)
+        return torch.randn(*size, generator=random, device=device)
 
     hidden = normal(shape.n, shape.d).to(dtype)
-    weight = torch.empty(shape.v, shape.d, dtype=dtype)
+    weight = torch.empty(shape.v, shape.d, dtype=dtype, device=device)
     for start in range(0, shape.v, 8192):  # the fp32 draws of a whole [V, D] are not needed at once
         part = weight[start : start + 8192]
         part.copy_(normal(*part.shape) * (LOGIT_STD / math.sqrt(shape.d)))
-    labels = torch.randint(shape.v, (shape.n,), generator=random)
+    labels = torch.randint(shape.v, (shape.n,), generator=random, device=device)
     if exact_old:
         with torch.no_grad():
             logps = po.linear_token_logps(hidden, po.Head(weight), labels).logps
     else:
-        logps = torch.full((shape.n,), -math.log(shape.v) - LOGIT_STD**2 / 2)
+        expected = -math.log(shape.v) - LOGIT_STD**2 / 2
+        logps = torch.full((shape.n,), expected, device=device)
     old = logps + NOISE * normal(shape.n)
     return Inputs(hidden, weight, labels, normal(shape.n), old, normal(shape.n), logps)

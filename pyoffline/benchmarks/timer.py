@@ -5,9 +5,10 @@ round keeps its meaning where their separate means do not. Not here: what is run
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from pyoffline.benchmarks.device import Stopwatch, by_clock
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,17 @@ class Ratio:
         }
 
 
-def time_once(variant: Variant, clock: Callable[[], float] = time.perf_counter) -> float:
+def time_once(variant: Variant, stopwatch: Stopwatch) -> float:
     """Seconds of one run."""
     if variant.before is not None:
         variant.before()
-    start = clock()
-    variant.run()
-    return clock() - start
+    return stopwatch(variant.run)
 
 
 def interleave(
     variants: list[Variant],
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Stopwatch | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round; odd rounds run in the opposite order.
@@ -57,16 +56,17 @@ def interleave(
     The order alternates so that no variant always inherits the caches and the clock frequency that
     the same neighbour leaves behind.
     """
+    stopwatch = stopwatch or by_clock()
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     if len(seconds) != len(variants):
         raise ValueError(f"names of variants must differ, got {[v.name for v in variants]}")
     for number in range(rounds):
         order = variants if number % 2 == 0 else variants[::-1]
         for variant in order:
-            seconds[variant.name].append(time_once(variant, clock))
+            seconds[variant.name].append(time_once(variant, stopwatch))
             if progress is not None:
                 last = seconds[variant.name][-1]
-                progress(f"round {number + 1}/{rounds}  {variant.name}: {last:.3f} s")
+                progress(f"round {number + 1}/{rounds}  {variant.name}: {last:.4f} s")
     return seconds
 
 
