@@ -47,6 +47,7 @@ def run_training(
     with sole:
         start = _checkpoint(run, resume, not check_only)
         tokenizer = load_tokenizer(config.model)
+        same_tokens(config, tokenizer)
         data = load_data(config, tokenizer)
         transformers.set_seed(args.seed)
         lm = load_model(config.model)
@@ -72,7 +73,24 @@ def _train(trainer, stop, start) -> RunResult:
     return RunResult(run, folder, run / "metrics.jsonl", step, stop.stopped_by)
 
 
-def load_tokenizer(model: ModelConfig):
+def same_tokens(config: RunConfig, tokenizer) -> None:
+    """ConfigError where a fixed model's tokenizer gives ids another meaning than the policy's."""
+    own, problems = tokenizer.get_vocab(), []
+    for name in sorted(config.models):
+        path = getattr(config, name).path
+        other = load_tokenizer(getattr(config, name), f"{name}.path").get_vocab()
+        odd = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
+        if odd:
+            ids = f"id {own.get(odd[0], 'none')} in the model's, {other.get(odd[0], 'none')} there"
+            problems.append(
+                f"{name} {path}: another vocabulary: {len(odd)} tokens differ, first {odd[0]!r} "
+                f"({ids}); log-probs of the two cannot be compared"
+            )
+    if problems:
+        raise ConfigError(f"model.path {config.model.path}", problems)
+
+
+def load_tokenizer(model: ModelConfig, key: str = "model.path"):
     """The model's tokenizer; ConfigError where there is none."""
     from transformers import AutoTokenizer
 
@@ -80,10 +98,10 @@ def load_tokenizer(model: ModelConfig):
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         problem = f"no tokenizer could be loaded: {error}"
-        raise ConfigError(f"model.path {model.path}", [problem]) from None
+        raise ConfigError(f"{key} {model.path}", [problem]) from None
 
 
-def load_model(model: ModelConfig):
+def load_model(model: ModelConfig, key: str = "model.path"):
     """The causal LM from safetensors; ConfigError where there is none."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -97,13 +115,13 @@ def load_model(model: ModelConfig):
         )
     except (OSError, ValueError) as error:
         problem = f"no model could be loaded: {error}"
-        raise ConfigError(f"model.path {model.path}", [problem]) from None
+        raise ConfigError(f"{key} {model.path}", [problem]) from None
 
 
 def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, Needs]:
     """Both sets and what batches carry. Says on stderr what was left out."""
     objective = build_objective(config)
-    needs = Needs.of(objective, config.advantage)
+    needs = Needs.of(objective, config.advantage, config.models)
     sets = []
     for name, path in (("train", config.data.train), ("eval", config.data.eval)):
         if path is None:
@@ -158,9 +176,32 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     if config.loss == "stock":
         trainer = stock_trainer()(**common)
     else:
-        trainer = OfflineTrainer(objective=build_objective(config), **common)
+        check_teacher_ids(config, data, model)
+        fixed = {n: load_model(getattr(config, n), f"{n}.path") for n in sorted(config.models)}
+        try:
+            trainer = OfflineTrainer(objective=build_objective(config), **common, **fixed)
+        except ValueError as error:
+            raise ConfigError("the run", [str(error)]) from None
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer, stop
+
+
+def check_teacher_ids(config: RunConfig, data, model) -> None:
+    """DataError for ids of a cached teacher that the model's head does not have."""
+    from pyoffline import teacher_columns
+    from pyoffline.data import DataError
+    from pyoffline.fixed_models import vocabulary
+
+    if teacher_columns.IDS not in data[2].columns:
+        return
+    problems, rows, size = [], 0, vocabulary(model)
+    for samples, path in ((data[0], config.data.train), (data[1], config.data.eval)):
+        if samples is not None:
+            rows += len(samples.samples)
+            found = teacher_columns.outside(samples.samples, size)
+            problems += [f"{path}:{line}: {name}: {why}" for line, name, why in found]
+    if problems:
+        raise DataError(problems, rows)
 
 
 def stock_trainer() -> type:
@@ -199,5 +240,12 @@ def _checkpoint(run: Path, resume: bool, write: bool) -> str | None:
 def with_flags(config: RunConfig, skip_bad: bool, trust_remote_code: bool) -> RunConfig:
     """The configuration with the command line's flags applied."""
     data = replace(config.data, skip_bad=config.data.skip_bad or skip_bad)
-    trust = config.model.trust_remote_code or trust_remote_code
-    return replace(config, data=data, model=replace(config.model, trust_remote_code=trust))
+    names = ("model", *config.models)
+    trusted = {
+        name: replace(
+            getattr(config, name),
+            trust_remote_code=getattr(config, name).trust_remote_code or trust_remote_code,
+        )
+        for name in names
+    }
+    return replace(config, data=data, **trusted)
