@@ -113,10 +113,12 @@ class Needs:
         keep = columns | optional | set(program.gates)
         if "adv" in program.reads and not program.needs_adv:
             columns.discard("advantages")
+            optional.add("advantages")
         if unit == "group":
             columns.add("group")
         if advantage is not None:
             columns.discard("advantages")
+            optional.discard("advantages")
             columns |= data_advantages.columns_of(advantage)
             optional |= data_advantages.optional_columns(advantage)
         return Needs(

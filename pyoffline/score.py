@@ -44,6 +44,7 @@ class ScoreSettings:
 
 def run_score(settings: ScoreSettings) -> int:
     """Score a file; returns the number of rows written. ConfigError, DataError: nothing was."""
+    from pyoffline.fixed_models import vocabulary
     from pyoffline.training import load_model, load_tokenizer
 
     problems = []
@@ -70,6 +71,10 @@ def run_score(settings: ScoreSettings) -> int:
     if data.skipped:
         sys.stderr.write(f"{settings.samples}: left out {sum(data.skipped.values())} rows\n")
     model = load_model(settings.model)
+    size = vocabulary(model)
+    if settings.teacher_topk and settings.teacher_topk > size:
+        problem = f"--teacher-topk: expected at most {size}, the model's vocabulary"
+        raise ConfigError("pyoffline score", [f"{problem}, got {settings.teacher_topk}"])
     scores = score_statistics(model, data.samples, settings.batch, settings.teacher_topk)
     return _write(settings, data.samples, scores)
 
