@@ -47,6 +47,14 @@ a row of the data (JSONL or Parquet):
   for dpo and its kin: {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, ref_chosen_logps and
   ref_rejected_logps (`pyoffline score --column ref_logps`); for kto: "label": true or false.
   The batch size counts rows; pairs for preference, prompts for group objectives (renyi_rwr).
+
+families of `objective`, by name (docs/training.md has a configuration of each):
+  per token      nll, weighted_nll, dft, power_is, ppo_clip, cispo, sapo, dro, asym_re, ...
+  per sequence   gspo, luspo, gmpo, vespo, topr, a_star_po, sequence_power_is, opsm, ...
+  per group      renyi_rwr, alpha_elbo, list_dpo, rrhf            columns reward and group
+  preference     dpo, cpo, sim_po, alpha_po, orpo, tpo, wpo, kto  ref_model: path, or columns
+  distillation   {name: distill, divergence: jsd, beta: 0.5}      teacher_model: path, or columns
+                 (`pyoffline score --teacher-topk 64`); distill_token on sampled tokens
 """
 
 SCORE = """\
@@ -58,6 +66,7 @@ examples:
   pyoffline score samples.jsonl --model Qwen/Qwen2.5-0.5B --output scored.jsonl
   pyoffline score scored.jsonl --model runs/sft/final --column ref_logps --output both.jsonl
   pyoffline score pairs.jsonl --model runs/sft/final --column ref_logps --output pairs-ref.jsonl
+  pyoffline score samples.jsonl --model big/teacher --teacher-topk 64 --output teacher.jsonl
 """
 
 DEMO = """\

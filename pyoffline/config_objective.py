@@ -29,6 +29,7 @@ DIVERGENCES = {
         divergences.AlphaDivergence,
     )
 }
+REWARD_MODELS = ("bradley_terry", "bradley_terry_variance", "plackett_luce")
 AROUND = ("name", "scale", "weighted_by")  # keys of a term that are no parameters
 
 
@@ -118,6 +119,12 @@ def _parameters(where: str, spec: dict, errors: list[str]) -> list[str]:
             )
     elif name in REGISTRY:
         made = REGISTRY[name]
+    elif name in REWARD_MODELS:
+        errors.append(
+            f"{where}.name: {name!r} is the loss of a reward model, which has a score and no "
+            f"vocabulary: call po.reward_models.{name} in the loop that trains it, and give its "
+            "rewards here as the column reward (docs/training.md)"
+        )
     elif name in DIVERGENCES:
         errors.append(
             f"{where}.name: {name!r} is a divergence: {{name: {DISTILL}, divergence: {name}}}"

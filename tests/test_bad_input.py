@@ -22,7 +22,7 @@ from family_cases import (  # noqa: E402
 
 import pyoffline as po  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 LENGTHS = (3, 1, 4, 2)
 JSD = {"name": "distill", "divergence": "jsd"}
 

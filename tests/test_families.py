@@ -28,7 +28,7 @@ from pyoffline.config_objective import make  # noqa: E402
 from pyoffline.data import DataError, Needs, load_samples  # noqa: E402
 from pyoffline.objectives import REGISTRY  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 PPO = {"name": "ppo_clip", "clip_high": 0.28}
 
 # name -> (what it reads, parameters)

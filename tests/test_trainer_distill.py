@@ -27,7 +27,7 @@ import pyoffline as po  # noqa: E402
 from pyoffline import cli  # noqa: E402
 from pyoffline.config import ConfigError, load_config  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen_heap")
 DIVERGENCES = {
     "forward_kl": (po.ForwardKL(), {}),
     "reverse_kl": (po.ReverseKL(), {}),
@@ -263,6 +263,10 @@ BAD_CONFIGS = {
     "its name as an objective": (
         {"objective": "jsd"},
         "'jsd' is a divergence: {name: distill, divergence: jsd}",
+    ),
+    "a reward model": (
+        {"objective": "bradley_terry"},
+        "is the loss of a reward model, which has a score and no vocabulary",
     ),
     "parameter": (
         {"objective": {"name": "distill", "divergence": "tvd", "beta": 0.5}},
