@@ -271,7 +271,7 @@ def _add_demo(commands) -> None:
     )
     numbers = command.add_argument_group("numbers")
     for name, default, text in (
-        ("--steps", 30, "optimiser steps of each run"),
+        ("--steps", 24, "optimiser steps of each run"),
         ("--batch", 8, "sequences a step"),
         ("--length", 512, "tokens a sequence"),
         ("--limit-mib", 2048, "memory of a process where contexts are tried"),

@@ -372,3 +372,10 @@ def test_provenance_says_where_it_ran():
     found = provenance()
     assert found["device"]["cores"] == os.cpu_count()
     assert found["threads"] == torch.get_num_threads()
+
+
+def test_the_help_names_every_op():
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    text = parser.format_help()
+    assert [name for name in ops.NAMES if name not in text] == []

@@ -189,7 +189,7 @@ def test_the_models_own_forward_and_logits_are_never_used(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
-def test_a_non_finite_gradient_stops_before_the_optimiser_step(tmp_path, value):
+def test_t3_a_non_finite_gradient_stops_before_the_optimiser_step(tmp_path, value):
     data = samples(8)
     bad = data[5].columns["advantages"] = [1.0] * data[5].n_completion
     bad[0] = value
@@ -288,19 +288,58 @@ def ranks_run(folder, batch, accumulation):
         (Path(folder) / "result.json").write_text(json.dumps(result))
 
 
+def ranks_stop(folder):
+    """A NaN in one row, which one rank holds: each rank writes what it did."""
+    data = samples(16)
+    data[9].columns["advantages"] = [math.nan] * data[9].n_completion
+    trainer, _ = make_trainer(
+        folder,
+        data,
+        PPO,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo",
+    )
+    try:
+        trainer.train()
+        message = None
+    except NonFiniteGradientError as error:
+        message = str(error)
+    result = {
+        "message": message,
+        "steps": trainer.state.global_step,
+        "finite": all(bool(p.isfinite().all()) for p in trainer.model.parameters()),
+    }
+    (Path(folder) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+def launch_two_ranks(folder, *what):
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, __file__, str(folder), *what]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+@pytest.mark.slow
+def test_t3_a_non_finite_gradient_of_one_rank_stops_both(tmp_path):
+    launch_two_ranks(tmp_path, "stop")
+    for rank in (0, 1):
+        result = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert "before the optimiser step" in (result["message"] or "")
+        assert result["steps"] == 1 and result["finite"]
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
     ranks_run(one, 8, 1)
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, __file__, str(two)]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    launch_two_ranks(two)
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
     for x, y in zip(a["parameters"], b["parameters"], strict=True):
         torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=1e-12, atol=1e-12)
@@ -310,5 +349,5 @@ def test_two_ranks_equal_one_process(tmp_path):
     assert b["loss"] == pytest.approx(a["loss"], rel=1e-6, abs=1e-7)
 
 
-if __name__ == "__main__":  # a rank of test_two_ranks_equal_one_process
-    ranks_run(sys.argv[1], 2, 2)
+if __name__ == "__main__":  # a rank of launch_two_ranks
+    ranks_stop(sys.argv[1]) if "stop" in sys.argv else ranks_run(sys.argv[1], 2, 2)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[DEFAULT_OP],
         metavar="NAME",
         help="linear_policy_loss (default), frozen_head, linear_cross_entropy, scoring, "
-        "linear_token_logps, row_pass, or all",
+        "linear_token_logps, linear_distill_loss, row_pass, or all",
     )
     parser.add_argument(
         "--shape",

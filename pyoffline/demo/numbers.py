@@ -31,7 +31,7 @@ class NumbersSettings:
 
     output: Path = Path("demo-output/numbers")
     figure: Path | None = None  # None: numbers.png in `output`
-    steps: int = 30
+    steps: int = 24
     batch: int = 8
     length: int = 512
     hidden: int = 256

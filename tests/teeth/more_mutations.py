@@ -307,7 +307,7 @@ MORE = (
         "pyoffline/trainer.py",
         "        if not math.isfinite(float(norm)):\n",
         "        if False:\n",
-        TRAINER + "test_a_non_finite_gradient_stops_before_the_optimiser_step",
+        TRAINER + "test_t3_a_non_finite_gradient_stops_before_the_optimiser_step",
     ),
     one(
         136,
