@@ -24,7 +24,13 @@ from pathlib import Path
 
 import yaml
 
-from pyoffline.config_objective import build_objective, check_objective, nearest, number
+from pyoffline.config_objective import (
+    BradleyTerry,
+    build_objective,
+    check_objective,
+    nearest,
+    number,
+)
 from pyoffline.divergences import Divergence
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -171,6 +177,9 @@ def _check_fit(config: RunConfig, errors: list[str]) -> None:
 
     try:
         objective = build_objective(config)
+        if isinstance(objective, BradleyTerry):
+            errors += _beside_reward(config)
+            return
         unit_of(objective)
         refuse_mixed_weights(objective, config.trainer.get("aggregation", "auto"))
     except (ValueError, TypeError) as error:
@@ -196,6 +205,16 @@ def _check_fit(config: RunConfig, errors: list[str]) -> None:
             f"advantage: {config.objective['name']} reads no advantages; leave it out, or take an "
             "objective that does (weighted_nll, ppo_clip, ...)"
         )
+
+
+def _beside_reward(config: RunConfig) -> list[str]:
+    """What a reward model does not read."""
+    given = {name: getattr(config, name) for name in ("advantage", *FIXED_MODELS)}
+    given |= {"data.packing": config.data.packing or None}
+    own = config.trainer.get("aggregation", "auto")
+    given |= {"trainer.aggregation": None if own == "auto" else own}
+    name = config.objective["name"]
+    return [f"{k}: {name} reads none; leave it out" for k, v in given.items() if v is not None]
 
 
 def _override(raw: dict, text: str, errors: list[str]) -> None:

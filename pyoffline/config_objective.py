@@ -12,6 +12,7 @@ Not here: the rest of the file (config.py).
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import pyoffline  # noqa: F401  (fills the registry)
 from pyoffline import divergences
@@ -29,8 +30,23 @@ DIVERGENCES = {
         divergences.AlphaDivergence,
     )
 }
-REWARD_MODELS = ("bradley_terry", "bradley_terry_variance", "plackett_luce")
+REWARD = "bradley_terry"
+REWARD_MODELS = ("bradley_terry_variance", "plackett_luce")
 AROUND = ("name", "scale", "weighted_by")  # keys of a term that are no parameters
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """`-log sigmoid(r_chosen - r_rejected - margin)`, the mean over pairs. `margin`: a number, or
+    "rewards", the gap of the columns chosen_reward and rejected_reward.
+    """
+
+    margin: float | str = 0.0
+
+    def __post_init__(self):
+        number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
+        if self.margin != "rewards" and not number:
+            raise ValueError(f"bradley_terry: margin={self.margin!r}: a number or 'rewards'")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -41,7 +57,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def known_names() -> list[str]:
     """Every name that `objective` and `terms` may have now; registered ones of this process too."""
-    return [*REGISTRY, DISTILL]
+    return [*REGISTRY, DISTILL, REWARD]
 
 
 def build_objective(config):
@@ -57,6 +73,8 @@ def make(spec: dict):
     """The object of one checked term."""
     params = {k: v for k, v in spec.items() if k not in AROUND}
     params = {k: make(v) if isinstance(v, dict) else v for k, v in params.items()}
+    if spec["name"] == REWARD:
+        return BradleyTerry(**params)
     if spec["name"] == DISTILL:
         made = DIVERGENCES[params.pop("divergence", "forward_kl")](**params)
     else:
@@ -74,6 +92,9 @@ def check_objective(top: dict, errors: list[str]) -> None:
     specs = [("objective", objective), *((f"terms[{i}]", t) for i, t in enumerate(terms))]
     for where, spec in specs:
         _check_term(where, spec, errors)
+    names = [spec.get("name") for _, spec in specs if isinstance(spec, dict)]
+    if REWARD in names and (len(specs) > 1 or objective.keys() & {"scale", "weighted_by"}):
+        errors.append(f"objective: {REWARD} trains a reward model and stands alone, without terms")
     if top.get("loss") == "stock" and (objective != {"name": "nll"} or terms):
         errors.append(
             "loss: stock is the model's own cross entropy, so objective must be nll and terms empty"
@@ -117,13 +138,14 @@ def _parameters(where: str, spec: dict, errors: list[str]) -> list[str]:
                 f"{where}.divergence: {chosen!r} is not one of {', '.join(DIVERGENCES)}"
                 f"{nearest(chosen, DIVERGENCES)}"
             )
+    elif name == REWARD:
+        made = BradleyTerry
     elif name in REGISTRY:
         made = REGISTRY[name]
     elif name in REWARD_MODELS:
         errors.append(
-            f"{where}.name: {name!r} is the loss of a reward model, which has a score and no "
-            f"vocabulary: call po.reward_models.{name} in the loop that trains it, and give its "
-            "rewards here as the column reward (docs/training.md)"
+            f"{where}.name: {name!r} needs more than one score a sequence: call "
+            f"po.reward_models.{name} in a loop of your own; here reward models take {REWARD}"
         )
     elif name in DIVERGENCES:
         errors.append(

@@ -95,15 +95,19 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             )
         self.model_accepts_loss_kwargs = True
         self.objective = NLL() if objective is None else objective
-        self._weighs = weighs_of(self.objective)
-        refuse_mixed_weights(self.objective, args.aggregation)
-        self._unit_metrics = frozenset(metric_names(program_of(self.objective).codes))
-        Head.of(self.model)  # an unknown head raises now, not at the first step
-        self._fixed = FixedModels.of(
-            self.objective, self.model, args.device, ref_model, teacher_model
-        )
+        self._bind(ref_model, teacher_model)
         self._dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         self._meter = Meter()
+
+    def _bind(self, ref_model, teacher_model) -> None:
+        """What follows from the objective and the models; raises now, not at the first step."""
+        self._weighs = weighs_of(self.objective)
+        refuse_mixed_weights(self.objective, self.args.aggregation)
+        self._unit_metrics = frozenset(metric_names(program_of(self.objective).codes))
+        Head.of(self.model)
+        self._fixed = FixedModels.of(
+            self.objective, self.model, self.args.device, ref_model, teacher_model
+        )
 
     # One optimiser step
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pyoffline import run_folder
 from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
+from pyoffline.config_objective import REWARD
 from pyoffline.data import Needs, SampleSet, load_samples
 
 
@@ -50,7 +51,8 @@ def run_training(
         same_tokens(config, tokenizer)
         data = load_data(config, tokenizer)
         transformers.set_seed(args.seed)
-        lm = load_model(config.model)
+        kind = "reward" if config.objective["name"] == REWARD else "causal"
+        lm = load_model(config.model, kind=kind)
         trainer, stop = build_trainer(config, args, lm, tokenizer, data)
         return None if check_only else _train(trainer, stop, start)
 
@@ -101,18 +103,21 @@ def load_tokenizer(model: ModelConfig, key: str = "model.path"):
         raise ConfigError(f"{key} {model.path}", [problem]) from None
 
 
-def load_model(model: ModelConfig, key: str = "model.path"):
-    """The causal LM from safetensors; ConfigError where there is none."""
+def load_model(model: ModelConfig, key: str = "model.path", kind: str = "causal"):
+    """The causal LM (kind "reward": a classifier of one score, new on top of a causal LM) from
+    safetensors; ConfigError where there is none.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     options = {"trust_remote_code": model.trust_remote_code, "use_safetensors": True}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
+    made = AutoModelForCausalLM
+    if kind == "reward":
+        made, options = AutoModelForSequenceClassification, options | {"num_labels": 1}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=getattr(torch, model.dtype), **options
-        )
+        return made.from_pretrained(model.path, dtype=getattr(torch, model.dtype), **options)
     except (OSError, ValueError) as error:
         problem = f"no model could be loaded: {error}"
         raise ConfigError(f"{key} {model.path}", [problem]) from None
@@ -150,6 +155,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
 
     from pyoffline.callbacks import JsonlCallback, ProgressBar, StopCallback
     from pyoffline.collate import Collator
+    from pyoffline.reward_trainer import RewardTrainer
     from pyoffline.trainer import OfflineTrainer
 
     train, evaluation, needs = data
@@ -175,6 +181,9 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     }
     if config.loss == "stock":
         trainer = stock_trainer()(**common)
+    elif config.objective["name"] == REWARD:
+        model.config.pad_token_id = pad  # its forward scores the last token before these
+        trainer = RewardTrainer(objective=build_objective(config), **common)
     else:
         check_teacher_ids(config, data, model)
         fixed = {n: load_model(getattr(config, n), f"{n}.path") for n in sorted(config.models)}

@@ -265,8 +265,20 @@ BAD_CONFIGS = {
         "'jsd' is a divergence: {name: distill, divergence: jsd}",
     ),
     "a reward model": (
-        {"objective": "bradley_terry"},
-        "is the loss of a reward model, which has a score and no vocabulary",
+        {"objective": {"name": "bradley_terry"}, "terms": [{"name": "nll"}]},
+        "bradley_terry trains a reward model and stands alone",
+    ),
+    "what it does not read": (
+        {"objective": "bradley_terry", "ref_model": "r"},
+        "ref_model: bradley_terry reads none",
+    ),
+    "a margin": (
+        {"objective": {"name": "bradley_terry", "margin": "wide"}},
+        "margin='wide': a number or 'rewards'",
+    ),
+    "more scores": (
+        {"objective": "plackett_luce"},
+        "'plackett_luce' needs more than one score a sequence",
     ),
     "parameter": (
         {"objective": {"name": "distill", "divergence": "tvd", "beta": 0.5}},

@@ -29,7 +29,7 @@ def test_there_is_one_for_each_family_and_the_help_names_them():
     from pyoffline.cli import TRAIN
 
     names = {block["objective"]["name"] for block in BLOCKS[1:]}
-    assert names == {"ppo_clip", "gspo", "renyi_rwr", "dpo", "distill"}
+    assert names == {"ppo_clip", "gspo", "renyi_rwr", "dpo", "distill", "bradley_terry"}
     families = TRAIN.split("families of `objective`")[1]
     listed = re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", families.partition(":\n")[2])
     assert names <= set(listed)
