@@ -47,6 +47,15 @@ a row of the data (JSONL or Parquet):
   for dpo and its kin: {"prompt": "2+2=", "chosen": "4", "rejected": "5"}, ref_chosen_logps and
   ref_rejected_logps (`pyoffline score --column ref_logps`); for kto: "label": true or false.
   The batch size counts rows; pairs for preference, prompts for group objectives (renyi_rwr).
+
+families of `objective`, by name (docs/training.md has a configuration of each):
+  per token      nll, weighted_nll, dft, power_is, ppo_clip, cispo, sapo, dro, asym_re, ...
+  per sequence   gspo, luspo, gmpo, vespo, topr, a_star_po, sequence_power_is, opsm, ...
+  per group      renyi_rwr, alpha_elbo, list_dpo, rrhf            columns reward and group
+  preference     dpo, cpo, sim_po, alpha_po, orpo, tpo, wpo, kto  ref_model: path, or columns
+  distillation   {name: distill, divergence: jsd, beta: 0.5}      teacher_model: path, or columns
+                 (`pyoffline score --teacher-topk 64`); distill_token on sampled tokens
+  reward model   bradley_terry, a classifier of one score         columns chosen and rejected
 """
 
 SCORE = """\
@@ -58,6 +67,7 @@ examples:
   pyoffline score samples.jsonl --model Qwen/Qwen2.5-0.5B --output scored.jsonl
   pyoffline score scored.jsonl --model runs/sft/final --column ref_logps --output both.jsonl
   pyoffline score pairs.jsonl --model runs/sft/final --column ref_logps --output pairs-ref.jsonl
+  pyoffline score samples.jsonl --model big/teacher --teacher-topk 64 --output teacher.jsonl
 """
 
 DEMO = """\
@@ -205,12 +215,20 @@ def _add_score(commands) -> None:
     command.add_argument("--model", required=True, help="a local folder or a Hub name")
     command.add_argument("--output", required=True, help="a new .jsonl file")
     command.add_argument(
-        "--column", default="old_logps", help="or behavior_logps, ref_logps (default: %(default)s)"
+        "--column",
+        default=None,
+        help="old_logps (the default without --teacher-topk), behavior_logps or ref_logps",
     )
     command.add_argument(
         "--log-sum-p2",
         action="store_true",
         help="add this column too, for `advantage: optimal_token_baseline`",
+    )
+    command.add_argument(
+        "--teacher-topk",
+        type=int,
+        metavar="K",
+        help="add the K most probable tokens of each position, for `objective: {name: distill}`",
     )
     command.add_argument("--batch", type=int, default=8, help="rows at once (default: %(default)s)")
     command.add_argument(
@@ -315,17 +333,23 @@ def run_score(args) -> int:
 
     if args.batch < 1:
         raise UsageError(f"--batch: expected at least 1, got {args.batch}")
+    if args.teacher_topk is not None and args.teacher_topk < 1:
+        raise UsageError(f"--teacher-topk: expected at least 1, got {args.teacher_topk}")
+    column = args.column or (None if args.teacher_topk else "old_logps")
     settings = ScoreSettings(
         samples=Path(args.samples),
         output=Path(args.output),
         model=ModelConfig(args.model, args.dtype, trust_remote_code=args.trust_remote_code),
-        column=args.column,
+        column=column,
         batch=args.batch,
         max_length=args.max_length,
         skip_bad=args.skip_bad,
         log_sum_p2=args.log_sum_p2,
+        teacher_topk=args.teacher_topk,
     )
-    print(f"{run_score(settings)} rows with {args.column}\n{args.output}")
+    top = f"the top {args.teacher_topk} of the teacher" if args.teacher_topk else None
+    what = " and ".join(x for x in (column, top) if x)
+    print(f"{run_score(settings)} rows with {what}\n{args.output}")
     return EXIT_OK
 
 

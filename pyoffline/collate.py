@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyoffline import teacher_columns
 from pyoffline.data import Sample
 from pyoffline.units import flatten_units
 
@@ -29,9 +30,10 @@ class Collator:
     `ref_sums`, each [S].
 
     Padding is on the right. Another float column becomes [B] (advantages only) or is spread over
-    the tokens of the completion; a list column is [B, T], 0 outside it. `packing` lays the
-    samples end to end in one row without padding: attention stays inside each (transformers reads
-    the restarts of position_ids), and labels at each first token are ignored.
+    the tokens of the completion; a list column is [B, T], a teacher's top-k [B, T, k], 0 outside
+    it. `packing` lays the samples end to end in one row without padding: attention stays inside
+    each (transformers reads the restarts of position_ids), and labels at each first token are
+    ignored.
     """
 
     pad_id: int = 0
@@ -69,6 +71,12 @@ class Collator:
             batch[OF_SEQUENCE[name]] = torch.tensor([float(v) for v in values])
         elif name == "ref_logps" and scalar:
             batch["ref_sums"] = torch.tensor([float(v) for v in values])
+        elif name in teacher_columns.COLUMNS:
+            batch[name] = (
+                teacher_columns.packed(samples, name)
+                if self.packing
+                else teacher_columns.padded(samples, name, batch["input_ids"].shape[1])
+            )
         elif name == "advantages" and scalar and not self.packing:
             batch[name] = torch.tensor([float(v) for v in values])
         else:

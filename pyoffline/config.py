@@ -5,6 +5,7 @@ at once.
     objective: {name: ppo_clip, clip_high: 0.28}
     terms: [{name: kl, kind: k3, scale: 0.04}, {name: entropy, scale: -0.001}]
     advantage: {name: group_normalize}   trainer: {output_dir: runs/ppo, learning_rate: 1e-5}
+    ref_model: path/or/name              teacher_model: path/or/name
 
 `advantage` may be a list: [{name: kl_shaped, beta: 0.05}, {name: gae}, {name: truncate}].
 
@@ -14,8 +15,6 @@ building the trainer (trainer.py).
 """
 
 import dataclasses
-import difflib
-import inspect
 import math
 import types
 import typing
@@ -25,9 +24,20 @@ from pathlib import Path
 
 import yaml
 
+from pyoffline.config_objective import (
+    BradleyTerry,
+    build_objective,
+    check_objective,
+    nearest,
+    number,
+)
+from pyoffline.divergences import Divergence
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOSSES = ("fused", "stock")
 TOO_LONG = ("error", "truncate", "drop")
+FIXED_MODELS = ("ref_model", "teacher_model")
+SHORT = ("model", *FIXED_MODELS, "objective", "advantage")  # sections that text may stand for
 
 
 class ConfigError(ValueError):
@@ -69,7 +79,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """A whole run, checked. `objective`, `terms` and `advantage` stay as written: `build_objective`
-    makes the object.
+    makes the object. `ref_model` gives the reference log-probs that the file has no column for,
+    `teacher_model` the distribution that `distill` compares with; neither is trained.
     """
 
     model: ModelConfig
@@ -79,12 +90,13 @@ class RunConfig:
     advantage: dict | list | None = None
     loss: str = "fused"
     trainer: dict = field(default_factory=dict)
+    ref_model: ModelConfig | None = None
+    teacher_model: ModelConfig | None = None
 
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or an empty string."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    @property
+    def models(self) -> frozenset[str]:
+        """Which of FIXED_MODELS are named."""
+        return frozenset(name for name in FIXED_MODELS if getattr(self, name) is not None)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -113,75 +125,96 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def parse_config(raw: dict, errors: list[str]) -> RunConfig | None:
     """A RunConfig from plain values; appends what is wrong to `errors`."""
     raw = dict(raw)
-    if isinstance(raw.get("model"), str):
-        raw["model"] = {"path": raw["model"]}
+    for key in ("model", *FIXED_MODELS):
+        if isinstance(raw.get(key), str):
+            raw[key] = {"path": raw[key]}
     if isinstance(raw.get("objective"), str):
         raw["objective"] = {"name": raw["objective"]}
     if isinstance(raw.get("advantage"), str):
         raw["advantage"] = {"name": raw["advantage"]}
     if isinstance(raw.get("advantage"), list):
         raw["advantage"] = [{"name": s} if isinstance(s, str) else s for s in raw["advantage"]]
-    top = _read_fields(RunConfig, raw, "", errors, skip=("model", "data", "trainer"))
-    for key, kind in (("model", ModelConfig), ("data", DataConfig)):
-        value = raw.get(key)
-        if value is None:
-            errors.append(f"{key}: missing")
-        elif not isinstance(value, dict):
-            errors.append(f"{key}: expected a mapping, got {value!r}")
-        elif key == "model" and "trust_remote_code" in value:
-            errors.append(
-                "model.trust_remote_code: a file cannot turn it on; pass --trust-remote-code"
-            )
-        else:
-            top[key] = _read_fields(kind, value, f"{key}.", errors)
+    top = _read_fields(RunConfig, raw, "", errors, skip=("model", "data", "trainer", *FIXED_MODELS))
+    for key in ("model", "data", *FIXED_MODELS):
+        _read_section(key, raw, top, errors)
     _check_choices(top, errors)
     top["trainer"] = _trainer(raw.get("trainer"), errors)
-    _check_objective(top, errors)
+    check_objective(top, errors)
     _check_advantage(top.get("advantage"), errors)
     if errors:
         return None
+    for key in FIXED_MODELS:
+        if key in top:
+            top[key] = ModelConfig(**{"dtype": top["model"].get("dtype", "float32")} | top[key])
     top["model"], top["data"] = ModelConfig(**top["model"]), DataConfig(**top["data"])
     config = RunConfig(**top)
     _check_fit(config, errors)
     return None if errors else config
 
 
+def _read_section(key: str, raw: dict, top: dict, errors: list[str]) -> None:
+    """A model or the data into `top`, as values by field."""
+    value, kind = raw.get(key), DataConfig if key == "data" else ModelConfig
+    if value is None:
+        if key not in FIXED_MODELS:
+            errors.append(f"{key}: missing")
+    elif not isinstance(value, dict):
+        errors.append(f"{key}: expected a mapping, got {value!r}")
+    elif "trust_remote_code" in value:
+        errors.append(
+            f"{key}.trust_remote_code: a file cannot turn it on; pass --trust-remote-code"
+        )
+    else:
+        top[key] = _read_fields(kind, value, f"{key}.", errors)
+
+
 def _check_fit(config: RunConfig, errors: list[str]) -> None:
-    """What no key shows alone: an advantage that nothing reads, terms that exclude each other."""
-    from pyoffline.units import refuse_mixed_weights, unit_of
+    """What no key shows alone: an advantage or a model that nothing reads, terms that exclude each
+    other.
+    """
+    from pyoffline.data_advantages import columns_of
+    from pyoffline.units import program_of, reads_reference, refuse_mixed_weights, unit_of
 
     try:
         objective = build_objective(config)
+        if isinstance(objective, BradleyTerry):
+            errors += _beside_reward(config)
+            return
         unit_of(objective)
         refuse_mixed_weights(objective, config.trainer.get("aggregation", "auto"))
     except (ValueError, TypeError) as error:
         errors.append(f"objective: {error}")
         return
-    if config.advantage is not None and "adv" not in objective.program(False).reads:
+    if config.teacher_model is not None and not isinstance(objective, Divergence):
+        errors.append(
+            f"teacher_model: {config.objective['name']} compares with no teacher's distribution; "
+            "leave it out, or take {name: distill, divergence: ...} (distill_token reads sampled "
+            "tokens only: name its teacher as ref_model)"
+        )
+    if config.ref_model is not None and not reads_reference(objective):
+        errors.append(
+            f"ref_model: {config.objective['name']} reads no reference log-probs; leave it out"
+        )
+    if config.ref_model is not None and "ref_logps" in columns_of(config.advantage):
+        errors.append(
+            "ref_model: the advantage reads the column ref_logps before training; leave ref_model "
+            "out and add the column with `pyoffline score --column ref_logps`"
+        )
+    if config.advantage is not None and "adv" not in program_of(objective).reads:
         errors.append(
             f"advantage: {config.objective['name']} reads no advantages; leave it out, or take an "
             "objective that does (weighted_nll, ppo_clip, ...)"
         )
 
 
-def build_objective(config: RunConfig):
-    """The composed objective: `objective` plus `scale` times each of `terms`."""
-    made = [_make(term) for term in (config.objective, *config.terms)]
-    total = made[0]
-    for term in made[1:]:
-        total = total + term
-    return total
-
-
-def _make(spec: dict):
-    import pyoffline  # noqa: F401  (fills the registry)
-    from pyoffline.objectives import from_name
-
-    params = {k: v for k, v in spec.items() if k not in ("name", "scale", "weighted_by")}
-    made = from_name(spec["name"], **params)
-    if "weighted_by" in spec:
-        made = made.weighted_by(spec["weighted_by"])
-    return made * float(spec["scale"]) if "scale" in spec else made
+def _beside_reward(config: RunConfig) -> list[str]:
+    """What a reward model does not read."""
+    given = {name: getattr(config, name) for name in ("advantage", *FIXED_MODELS)}
+    given |= {"data.packing": config.data.packing or None}
+    own = config.trainer.get("aggregation", "auto")
+    given |= {"trainer.aggregation": None if own == "auto" else own}
+    name = config.objective["name"]
+    return [f"{k}: {name} reads none; leave it out" for k, v in given.items() if v is not None]
 
 
 def _override(raw: dict, text: str, errors: list[str]) -> None:
@@ -196,8 +229,8 @@ def _override(raw: dict, text: str, errors: list[str]) -> None:
         return
     *parents, last = key.split(".")
     for name in parents:
-        if isinstance(raw.get(name), str) and name in ("model", "objective", "advantage"):
-            raw[name] = {"path" if name == "model" else "name": raw[name]}
+        if isinstance(raw.get(name), str) and name in SHORT:
+            raw[name] = {"path" if name.endswith("model") else "name": raw[name]}
         raw = raw.setdefault(name, {})
         if not isinstance(raw, dict):
             errors.append(f"{text!r}: {name} is not a mapping, so it has no {last}")
@@ -258,6 +291,7 @@ def _check_choices(top: dict, errors: list[str]) -> None:
     choices = (
         ("loss", top.get("loss"), LOSSES),
         ("model.dtype", model.get("dtype"), DTYPES),
+        *((f"{m}.dtype", (top.get(m) or {}).get("dtype"), DTYPES) for m in FIXED_MODELS),
         ("data.too_long", data.get("too_long"), TOO_LONG),
     )
     for where, value, allowed in choices:
@@ -290,56 +324,6 @@ def _trainer(values, errors: list[str]) -> dict:
     return out
 
 
-def _check_objective(top: dict, errors: list[str]) -> None:
-    objective, terms = top.get("objective", {"name": "nll"}), top.get("terms") or []
-    if not isinstance(objective, dict) or not isinstance(terms, list):
-        return
-    specs = [("objective", objective), *((f"terms[{i}]", t) for i, t in enumerate(terms))]
-    for where, spec in specs:
-        _check_term(where, spec, errors)
-    if top.get("loss") == "stock" and (objective != {"name": "nll"} or terms):
-        errors.append(
-            "loss: stock is the model's own cross entropy, so objective must be nll and terms empty"
-        )
-
-
-def _check_term(where: str, spec, errors: list[str]) -> None:
-    import pyoffline  # noqa: F401  (fills the registry)
-    from pyoffline.objectives import REGISTRY
-
-    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        errors.append(f"{where}: expected {{name: ..., parameter: ...}}, got {spec!r}")
-        return
-    name = spec["name"]
-    if name not in REGISTRY:
-        errors.append(f"{where}.name: no objective {name!r}{nearest(name, REGISTRY)}")
-        return
-    known = [*inspect.signature(REGISTRY[name]).parameters, "name", "scale", "weighted_by"]
-    unknown = [key for key in spec if key not in known]
-    for key in unknown:
-        takes = ", ".join(known[:-3]) or "none"
-        errors.append(
-            f"{where}.{key}: {name} has no such parameter{nearest(key, known)} (it takes: {takes})"
-        )
-    if unknown:
-        return
-    hint = {k: _number(v) for k, v in spec.items()}
-    spec.update(hint)
-    try:
-        _make(spec)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        errors.append(f"{where}: {error}")
-
-
-def _number(value):
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _check_advantage(spec, errors: list[str]) -> None:
     from pyoffline import data_advantages
 
@@ -370,4 +354,4 @@ def _check_stage(where: str, stage, errors: list[str]) -> None:
             errors.append(
                 f"{where}.{key}: no such parameter{nearest(key, known)} (it takes: {takes})"
             )
-    stage.update({k: _number(v) for k, v in stage.items() if k != "name"})
+    stage.update({k: number(v) for k, v in stage.items() if k != "name"})

@@ -15,14 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyoffline import data_advantages, pairs
+from pyoffline import data_advantages, pairs, teacher_columns
 from pyoffline.config import DataConfig
+from pyoffline.config_objective import BradleyTerry
+from pyoffline.divergences import Divergence
 from pyoffline.records import TOKEN_FIELDS
 from pyoffline.row_checks import OPTIONAL, check_row, check_sample
 from pyoffline.rows import read_rows
-from pyoffline.units import make_units, unit_of
+from pyoffline.units import make_units, program_of, reads_reference, unit_of
 
 COLUMN_OF = {name: field for field, name in TOKEN_FIELDS.items()}
 SEQUENCE_COLUMNS = {"rewards": "reward", "group_ids": "group", "ref_sums": "ref_logps"}
@@ -59,7 +62,7 @@ def _what(problem: str) -> str:
 @dataclass(slots=True)
 class Sample:
     """One sequence: `ids[:n_prompt]` is context, the rest is trained on. A column is a float, or a
-    list aligned with `ids[n_prompt:]`.
+    list (a teacher's top-k: a tensor [n, k]) aligned with `ids[n_prompt:]`.
     """
 
     ids: list[int]
@@ -78,7 +81,8 @@ class Needs:
 
     `columns` must be there, `optional` ones are read where every row has them; `extras` are those
     that `weighted_by` names; `keep` go into the batch; `unit` (units.UNITS) lies in one
-    micro-batch. `sums`: `ref_logps` may be one number a row, the sum over its tokens.
+    micro-batch. `sums`: `ref_logps` may be one number a row, the sum over its tokens. `computed`:
+    columns that a model of the configuration stands for, so that they must not be there.
     """
 
     columns: frozenset[str] = frozenset()
@@ -87,13 +91,17 @@ class Needs:
     keep: frozenset[str] = frozenset()
     unit: str = "row"
     sums: bool = False
+    computed: frozenset[str] = frozenset()
 
     @staticmethod
-    def of(objective, advantage: dict | list | None) -> "Needs":
+    def of(objective, advantage: dict | list | None, models: frozenset = frozenset()) -> "Needs":
         """From a composed objective; `advantages` are computed when the configuration names a
-        function.
+        function, and what the `models` that it names (config.FIXED_MODELS) give is not read.
         """
-        program, unit = objective.program(False), unit_of(objective)
+        if isinstance(objective, BradleyTerry):
+            rewards = frozenset({"reward"} if objective.margin == "rewards" else ())
+            return Needs(rewards, keep=rewards, unit="pair")
+        program, unit = program_of(objective), unit_of(objective)
         either = {name for names in program.one_of for name in names}
         columns = {COLUMN_OF[name] for name in program.reads}
         targets = "target" if unit == "pair" else "label"
@@ -101,14 +109,20 @@ class Needs:
         columns |= {of_sequence[name] for name in program.sequence_reads & set(of_sequence)}
         columns |= {"ref_logps"} if "ref_sums" in either else set()
         optional = {of_sequence[n] for n in program.optional if n in of_sequence}
-        optional |= {COLUMN_OF[n] for n in objective.program(True).reads - program.reads}
+        optional |= {COLUMN_OF[n] for n in program_of(objective, True).reads - program.reads}
+        columns |= set(teacher_columns.COLUMNS) if isinstance(objective, Divergence) else set()
+        computed = {"ref_logps"} if "ref_model" in models and reads_reference(objective) else set()
+        computed |= columns & set(teacher_columns.COLUMNS) if "teacher_model" in models else set()
+        columns -= computed
         keep = columns | optional | set(program.gates)
         if "adv" in program.reads and not program.needs_adv:
             columns.discard("advantages")
+            optional.add("advantages")
         if unit == "group":
             columns.add("group")
         if advantage is not None:
             columns.discard("advantages")
+            optional.discard("advantages")
             columns |= data_advantages.columns_of(advantage)
             optional |= data_advantages.optional_columns(advantage)
         return Needs(
@@ -117,7 +131,8 @@ class Needs:
             frozenset(optional - columns),
             frozenset(keep),
             unit,
-            "ref_sums" in either,
+            "ref_sums" in either and "ref_logps" not in computed,
+            frozenset(computed),
         )
 
 
@@ -161,7 +176,7 @@ def load_samples(
         n_rows += 1
         found, parts = ([("row", error)], []) if error else _parts(row, needs)
         problems += [(line, *f) for f in found]
-        pending += [(line, side, part) for side, part in parts if not found]
+        pending += [(line, side, _packed(part, names)) for side, part in parts if not found]
         if len(pending) >= CHUNK:
             truncated += _finish_rows(pending, tokenizer, settings, names, samples, problems)
             pending = []
@@ -197,6 +212,11 @@ def _parts(row: dict, needs: Needs) -> tuple[list, list]:
     return list(dict.fromkeys(problems)), parts
 
 
+def _packed(row: dict, names: set[str]) -> dict:
+    """A teacher's lists as tensors, where they are read."""
+    return teacher_columns.pack(row) if teacher_columns.IDS in names else row
+
+
 def _uneven(samples: list[Sample], needs: Needs) -> list[tuple[int, str, str]]:
     """Rows that lack an optional column which others have, or give a sum where others give a
     list.
@@ -207,6 +227,8 @@ def _uneven(samples: list[Sample], needs: Needs) -> list[tuple[int, str, str]]:
         if 0 < len(lacking) < len(samples):
             why = f"missing here, and {len(samples) - len(lacking)} other rows have it"
             found += [(line, name, why) for line in dict.fromkeys(lacking)]
+    if teacher_columns.IDS in needs.columns:
+        found += teacher_columns.uneven(samples)
     if needs.sums:
         lists = [isinstance(s.columns.get("ref_logps"), list) for s in samples]
         odd = [s.line for s, x in zip(samples, lists, strict=True) if x != lists[0]]
@@ -281,7 +303,10 @@ def _truncate(sample: Sample, length: int) -> None:
         return
     sample.ids = sample.ids[:length]
     n = sample.n_completion
-    sample.columns = {k: v[:n] if isinstance(v, list) else v for k, v in sample.columns.items()}
+    per_token = list | Tensor
+    sample.columns = {
+        k: v[:n] if isinstance(v, per_token) else v for k, v in sample.columns.items()
+    }
 
 
 def dense_groups(samples: list[Sample]) -> list[int]:

@@ -21,6 +21,7 @@ from pyoffline.head import Head
 from pyoffline.metrics import token_metrics
 from pyoffline.plan import plan_list
 from pyoffline.records import LossOutput, TokenBatch, TokenStats
+from pyoffline.reference_head import with_reference
 from pyoffline.teachers import TeacherHead, TeacherLogits, TeacherTopK, flatten_teacher
 
 
@@ -70,6 +71,7 @@ def linear_distill_loss(
             f"head: expected a po.Head, got {type(head).__name__}; use po.Head.of(model)"
         )
     x = flatten_head(hidden, head.tensors())
+    tokens = with_reference(tokens, x.weight.shape[0])
     shape, device, dtype = hidden.shape[:-1], hidden.device, x.hidden.dtype
     flat = flatten_tokens(tokens, shape, device, stats_dtype(dtype), program.objective)
     result = autograd.apply(

@@ -20,6 +20,7 @@ from pyoffline.head import Head
 from pyoffline.metrics import token_metrics
 from pyoffline.plan import plan_list
 from pyoffline.records import LossOutput, TokenBatch, TokenStats
+from pyoffline.reference_head import with_reference
 
 
 def _output(flat, loss, stats, shape, more=()) -> LossOutput:
@@ -54,7 +55,8 @@ def linear_policy_loss(
     independent of the number of tokens otherwise.
 
     Returns LossOutput(loss, stats, metrics). Gradients reach hidden, the head's weight, bias and
-    LoRA factors, as each requires it. Advantages and log-probs in `tokens` are constants.
+    LoRA factors, as each requires it. Advantages and log-probs in `tokens` are constants; with
+    `ref_logps=po.TeacherHead(ref_hidden, ref_head)` the reference is scored first (one GEMM more).
 
     Raises:
         IndexError: a label outside [0, V) that is not ignore_index (names row and value).
@@ -67,6 +69,7 @@ def linear_policy_loss(
             f"head: expected a po.Head, got {type(head).__name__}; use po.Head.of(model)"
         )
     x = flatten_head(hidden, head.tensors())
+    tokens = with_reference(tokens, x.weight.shape[0])
     shape, device = hidden.shape[:-1], hidden.device
     flat = flatten_tokens(tokens, shape, device, stats_dtype(x.hidden.dtype), program)
     if program.coupled:
@@ -132,6 +135,7 @@ def policy_loss(
     checks.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")
+    tokens = with_reference(tokens, logits.shape[-1])
     shape, device = logits.shape[:-1], logits.device
     flat = flatten_tokens(tokens, shape, device, stats_dtype(logits.dtype), program)
     rows = logits.reshape(-1, logits.shape[-1])

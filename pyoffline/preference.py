@@ -3,12 +3,12 @@
 Pairs: the first half of the batch's sequences are chosen, the second half their rejected ones, in
 the same order. l = log-prob of the label, x = sum(l - ref) of a sequence (references per token,
 `TokenBatch.ref_logps`, or per sequence, `SequenceBatch.ref_logps`, so that precomputed columns
-serve; of a reference model at hand `linear_token_logps(ref_hidden, ref_head, labels).logps` under
-`torch.no_grad()` gives them for the one GEMM that any reference costs), n = tokens of a sequence
-that count, s = sigmoid. The default weight is 1/pairs (1/sequences for KTO, 1/groups for rankings).
-With token weights a pair weighs the tokens of both its sequences; `SequenceBatch.weights` are added
-over the pair. A pair with tokens on one side only is an error (on a GPU: a NaN loss); a fully
-ignored pair does not exist. A pair's (sequence's, group's) NaN stays there.
+serve; a reference model at hand is `ref_logps=TeacherHead(ref_hidden, ref_head)`, for the one GEMM
+that any reference costs), n = tokens of a sequence that count, s = sigmoid. The default weight is
+1/pairs (1/sequences for KTO, 1/groups for rankings). With token weights a pair weighs the tokens of
+both its sequences; `SequenceBatch.weights` are added over the pair. A pair with tokens on one side
+only is an error (on a GPU: a NaN loss); a fully ignored pair does not exist. A pair's (sequence's,
+group's) NaN stays there.
 
 Not here: the closed forms (`preference_math.py`, `ranking_math.py`), rows (`preference_rows.py`).
 """

@@ -57,7 +57,8 @@ class TokenBatch:
         labels: [...] integer, token ids in [0, V) or `ignore_index`.
         advantages: [...] per token, or [S] per sequence and broadcast; if both fit, per token.
         old_logps: [...] log-probs of the proximal policy (nats), read as `old`.
-        ref_logps: [...] log-probs of the reference (or teacher), read as `ref`.
+        ref_logps: [...] log-probs of the reference (or teacher), read as `ref`; or
+            `po.TeacherHead(ref_hidden, ref_head)`, which are scored in the same call.
         behavior_logps: [...] log-probs of the policy that wrote the data, read as `mu`.
         weights: [...] aggregation weights; the loss is sum(weights * loss_t). Default: 1 / number
         of labels that are not

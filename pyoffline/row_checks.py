@@ -7,6 +7,9 @@ import difflib
 import math
 from collections.abc import Iterable
 
+from torch import Tensor
+
+from pyoffline import teacher_columns
 from pyoffline.config import nearest
 
 LOGPS = ("old_logps", "behavior_logps", "ref_logps")
@@ -26,6 +29,9 @@ def check_row(row: dict, needs) -> list[tuple[str, str]]:
         if name not in present:
             unknown = [k for k in present if k not in known]
             found.append((name, f"missing; {_why_needed(name)}{nearest(name, unknown)}"))
+    for name in sorted(needs.computed & present):
+        why = f"given here, and {MODEL_OF[name]} would compute it: leave one of the two out"
+        found.append((name, why))
     missing = known - present
     for name in sorted(present - known):
         near = nearest(name, missing - needs.columns - set(needs.extras))
@@ -39,6 +45,8 @@ def check_row(row: dict, needs) -> list[tuple[str, str]]:
             found += _check_logp(name, row[name])
         else:
             found += _check_values(name, row[name], name in (*LOGPS, "log_sum_p2"))
+    if read & set(teacher_columns.COLUMNS) and present.issuperset(teacher_columns.COLUMNS):
+        found += teacher_columns.check(row)
     if "label" in present & read and row["label"] not in (0, 1):
         found.append(("label", f"expected true or false (1 or 0), got {row['label']!r}"))
     if "group" in present and not isinstance(row["group"], int | str):
@@ -65,7 +73,7 @@ def check_sample(
         why = f"token {max(sample.ids)} is outside the tokenizer's {vocab} entries"
         found.append(("completion_ids", why))
     for name, value in sample.columns.items():
-        if isinstance(value, list) and len(value) != sample.n_completion:
+        if isinstance(value, list | Tensor) and len(value) != sample.n_completion:
             why = f"{len(value)} values for {sample.n_completion} completion tokens"
             if len(value) == sample.n_completion - 1:
                 why += " (one is the end-of-sequence token that data.append_eos adds to a text)"
@@ -86,7 +94,12 @@ def _close(name: str, known: Iterable[str]) -> bool:
     return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=0.8))
 
 
+# A column that a model of the configuration stands for -> its key.
+MODEL_OF = {"ref_logps": "ref_model"} | dict.fromkeys(teacher_columns.COLUMNS, "teacher_model")
+_TEACHER = "; `pyoffline score --teacher-topk K` adds both, or name a `teacher_model`"
 WHY = {
+    teacher_columns.IDS: "distill reads the ids of the teacher's top-k" + _TEACHER,
+    teacher_columns.LOGPS: "distill reads the log-probs of the teacher's top-k" + _TEACHER,
     "reward": "the rewards of rows are read",
     "group": "the rows of a group are compared, and stay together in a batch",
     "label": "the objective reads it: true for a good completion, false for a bad one",
@@ -97,6 +110,8 @@ WHY = {
 
 
 def _why_needed(name: str) -> str:
+    if name == "ref_logps":
+        return "the objective reads it, one log-prob per completion token; or name a `ref_model`"
     if name in LOGPS:
         return "the objective reads it, one log-prob per completion token"
     if name == "advantages":

@@ -18,30 +18,37 @@ from pyoffline.data import Needs, Sample, load_samples
 from pyoffline.pairs import SIDES
 from pyoffline.row_checks import LOGPS
 from pyoffline.rows import read_rows
+from pyoffline.teacher_columns import COLUMNS, IDS
+from pyoffline.teacher_columns import LOGPS as LOGPS_OF_TOP_K
+from pyoffline.top_k import linear_top_k
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
     """`samples` is read, `output` is written whole or not at all. `column` is one of LOGPS; with
-    `log_sum_p2` the column of that name is added, which `advantage: optimal_token_baseline` reads.
+    `log_sum_p2` the column of that name is added, which `advantage: optimal_token_baseline` reads;
+    with `teacher_topk` the k most probable entries of each position, which `distill` reads.
+    `column` None adds no log-probs of the labels.
     """
 
     samples: Path
     output: Path
     model: ModelConfig
-    column: str = "old_logps"
+    column: str | None = "old_logps"
     batch: int = 8
     max_length: int = 2048
     skip_bad: bool = False
     log_sum_p2: bool = False
+    teacher_topk: int | None = None
 
 
 def run_score(settings: ScoreSettings) -> int:
     """Score a file; returns the number of rows written. ConfigError, DataError: nothing was."""
+    from pyoffline.fixed_models import vocabulary
     from pyoffline.training import load_model, load_tokenizer
 
     problems = []
-    if settings.column not in LOGPS:
+    if settings.column not in (*LOGPS, None):
         problems.append(f"--column: {settings.column!r} is not one of {', '.join(LOGPS)}")
     if settings.output.suffix != ".jsonl":
         problems.append(
@@ -50,7 +57,8 @@ def run_score(settings: ScoreSettings) -> int:
     if settings.output.exists():
         problems.append(f"--output: {settings.output} exists; remove it or choose another name")
     paired = settings.samples.is_file() and _is_paired(settings.samples)
-    if paired and (settings.column != "ref_logps" or settings.log_sum_p2):
+    other = settings.column != "ref_logps" or settings.log_sum_p2 or settings.teacher_topk
+    if paired and other:
         problems.append("--column: rows with chosen and rejected take ref_logps only")
     if problems:
         raise ConfigError("pyoffline score", problems)
@@ -62,7 +70,12 @@ def run_score(settings: ScoreSettings) -> int:
     data = load_samples(settings.samples, tokenizer, config, needs)
     if data.skipped:
         sys.stderr.write(f"{settings.samples}: left out {sum(data.skipped.values())} rows\n")
-    scores = score_statistics(load_model(settings.model), data.samples, settings.batch)
+    model = load_model(settings.model)
+    size = vocabulary(model)
+    if settings.teacher_topk and settings.teacher_topk > size:
+        problem = f"--teacher-topk: expected at most {size}, the model's vocabulary"
+        raise ConfigError("pyoffline score", [f"{problem}, got {settings.teacher_topk}"])
+    scores = score_statistics(model, data.samples, settings.batch, settings.teacher_topk)
     return _write(settings, data.samples, scores)
 
 
@@ -76,14 +89,17 @@ def score_samples(model, samples: list[Sample], batch: int) -> list[list[float]]
     return [x["logps"] for x in score_statistics(model, samples, batch)]
 
 
-def score_statistics(model, samples: list[Sample], batch: int) -> list[dict[str, list[float]]]:
-    """`logps` and `log_sum_p2` of each completion token, in nats; longest samples first: memory
-    shows at once.
+def score_statistics(
+    model, samples: list[Sample], batch: int, teacher_topk: int | None = None
+) -> list[dict[str, list]]:
+    """`logps` and `log_sum_p2` of each completion token, in nats, and with `teacher_topk` the
+    columns of a teacher's top-k; longest samples first: memory shows at once.
     """
     import torch
 
     from pyoffline.collate import Collator
-    from pyoffline.head import Head, backbone
+    from pyoffline.fixed_models import last_hidden
+    from pyoffline.head import Head
     from pyoffline.logps import linear_token_logps
     from pyoffline.step_weights import aligned_labels
 
@@ -97,16 +113,15 @@ def score_statistics(model, samples: list[Sample], batch: int) -> list[dict[str,
             inputs = Collator()([samples[i] for i in picked])
             inputs = {name: x.to(model.device) for name, x in inputs.items()}
             labels = aligned_labels(inputs)
-            hidden = backbone(model)(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-            ).last_hidden_state
+            hidden = last_hidden(model, inputs)
             stats = linear_token_logps(hidden, Head.of(model), labels)
             for row, i in enumerate(picked):
                 span = slice(samples[i].n_prompt - 1, len(samples[i].ids) - 1)
                 for name in ("logps", "log_sum_p2"):
                     out[i][name] = getattr(stats, name)[row, span].tolist()
+                if teacher_topk:
+                    top = linear_top_k(hidden[row, span], Head.of(model), teacher_topk)
+                    out[i] |= {IDS: top.ids.tolist(), LOGPS_OF_TOP_K: top.logps.tolist()}
             bar.update(len(picked))
     return out
 
@@ -138,7 +153,8 @@ def _scored_row(settings: ScoreSettings, row: dict, parts: list) -> dict:
         row["prompt_ids"] = sample.ids[: sample.n_prompt]
         row[f"{name}_ids"] = sample.ids[sample.n_prompt :]
         column = settings.column if len(parts) == 1 else f"ref_{name}_logps"
-        row[column] = values["logps"]
+        row |= {column: values["logps"]} if column else {}
+        row |= {k: values[k] for k in COLUMNS if k in values}
         if settings.log_sum_p2:
             row["log_sum_p2"] = values["log_sum_p2"]
     return row

@@ -73,7 +73,8 @@ def _leading(name: str, x: Tensor, shape) -> None:
         )
 
 
-def _vocabulary(name: str, got: int, vocab: int) -> None:
+def same_vocabulary(name: str, got: int, vocab: int) -> None:
+    """ValueError where a teacher (or reference) has another number of entries."""
     if got != vocab:
         raise ValueError(
             f"{name}: the teacher's vocabulary has {got} entries, the student's {vocab}; expected "
@@ -95,7 +96,7 @@ def _from_head(teacher: TeacherHead, shape, device, vocab: int) -> FlatTeacher:
         except (TypeError, ValueError) as error:
             raise type(error)(f"TeacherHead: {error}") from error
     _leading("TeacherHead(hidden)", teacher.hidden, shape)
-    _vocabulary("TeacherHead(head)", x.weight.shape[0], vocab)
+    same_vocabulary("TeacherHead(head)", x.weight.shape[0], vocab)
     tensors = [None if t is None else t.detach() for t in x.linear]
     return FlatTeacher(*tensors, None, None, None, x.scalars, x.logits_dtype)
 
@@ -119,7 +120,7 @@ def _from_logits(teacher: TeacherLogits, shape, device, vocab: int) -> FlatTeach
     if x.dim() < 1:
         raise ValueError("TeacherLogits(logits): expected [..., V], got a 0-d tensor")
     _leading("TeacherLogits(logits)", x, shape)
-    _vocabulary("TeacherLogits(logits)", x.shape[-1], vocab)
+    same_vocabulary("TeacherLogits(logits)", x.shape[-1], vocab)
     flat = x.detach().reshape(-1, vocab)
     dtype = ops.DTYPES.index(flat.dtype)
     return FlatTeacher(*[None] * 5, flat, None, None, _scalars(float(temperature)), dtype)

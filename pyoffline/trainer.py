@@ -19,7 +19,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from pyoffline.backends import use_backend
 from pyoffline.checkpoint import SafeCheckpoints
 from pyoffline.coupled_program import metric_names
-from pyoffline.head import Head, backbone
+from pyoffline.distill import linear_distill_loss
+from pyoffline.divergences import Divergence
+from pyoffline.fixed_models import FixedModels, last_hidden
+from pyoffline.head import Head
 from pyoffline.plan import memory_budget
 from pyoffline.policy_loss import linear_policy_loss
 from pyoffline.records import (
@@ -32,11 +35,10 @@ from pyoffline.records import (
 from pyoffline.step_weights import aligned_labels, sequence_tokens, step_weights
 from pyoffline.token_objectives import NLL
 from pyoffline.trainer_config import OfflineConfig
-from pyoffline.units import refuse_mixed_weights, unit_weights, weighs_of
+from pyoffline.units import program_of, refuse_mixed_weights, unit_weights, weighs_of
 
 __all__ = ["NonFiniteGradientError", "OfflineConfig", "OfflineTrainer"]
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
 UNIT_MEANS = {"sequence", "pair", "group"}
 
 
@@ -57,6 +59,10 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
     normaliser: they are used as they are (with data parallelism the host averages over ranks).
     `args` is an OfflineConfig.
 
+    `objective` may be a divergence (`po.JSD(0.5) + 0.1 * po.NLL()`) from `teacher_model`, or from
+    the batch's teacher_topk_ids and teacher_topk_logps, each [B, T, k]. `ref_model` gives the
+    reference log-probs of batches that have none. Both are frozen here and never trained.
+
     Raises ValueError for models whose loss has parts outside the head, TypeError from `Head.of` for
     unknown heads, NonFiniteGradientError in training.
     """
@@ -65,7 +71,15 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
     # __init__ sets.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, args: OfflineConfig, objective=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        args: OfflineConfig,
+        objective=None,
+        ref_model=None,
+        teacher_model=None,
+        **kwargs,
+    ):
         if not isinstance(args, OfflineConfig):
             raise TypeError(f"args: expected an OfflineConfig, got {type(args).__name__}")
         if args.n_gpu > 1:
@@ -81,12 +95,19 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             )
         self.model_accepts_loss_kwargs = True
         self.objective = NLL() if objective is None else objective
-        self._weighs = weighs_of(self.objective)
-        refuse_mixed_weights(self.objective, args.aggregation)
-        self._unit_metrics = frozenset(metric_names(self.objective.program(False).codes))
-        Head.of(self.model)  # an unknown head raises now, not at the first step
+        self._bind(ref_model, teacher_model)
         self._dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         self._meter = Meter()
+
+    def _bind(self, ref_model, teacher_model) -> None:
+        """What follows from the objective and the models; raises now, not at the first step."""
+        self._weighs = weighs_of(self.objective)
+        refuse_mixed_weights(self.objective, self.args.aggregation)
+        self._unit_metrics = frozenset(metric_names(program_of(self.objective).codes))
+        Head.of(self.model)
+        self._fixed = FixedModels.of(
+            self.objective, self.model, self.args.device, ref_model, teacher_model
+        )
 
     # One optimiser step
 
@@ -152,13 +173,14 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         inner = self.accelerator.unwrap_model(model)
 
         def forward(**batch):
-            base = backbone(inner)
-            kwargs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
             with self.accelerator.autocast(), self._settings():
-                hidden = base(**kwargs, use_cache=False).last_hidden_state
-                return linear_policy_loss(
-                    hidden, Head.of(inner), self._tokens(batch), self.objective
-                )
+                hidden = last_hidden(inner, batch)
+                given = (self._tokens(batch), self.objective)
+                if not isinstance(self.objective, Divergence):
+                    return linear_policy_loss(hidden, Head.of(inner), *given)
+                shape = batch["input_ids"].shape
+                teacher = self._fixed.distribution(batch, lambda x: _shift(x, shape))
+                return linear_distill_loss(hidden, Head.of(inner), teacher, *given)
 
         with replaced_forward(inner, forward):
             return model(**inputs)
@@ -167,7 +189,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         """The batch's columns, shifted to the positions that predict them; only what the objective
         reads.
         """
-        program = self.objective.program("behavior_logps" in batch)
+        program = program_of(self.objective, "behavior_logps" in batch)
         shape, reads = batch["input_ids"].shape, {*program.reads, *program.optional, "omega"}
         reads = reads.union(program.sequence_reads, *program.one_of)
         columns = {
@@ -175,6 +197,8 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             for field, name in TOKEN_FIELDS.items()
             if name in reads and field in batch
         }
+        reference = self._fixed.reference(batch)
+        columns |= {} if reference is None else {"ref_logps": reference}
         of_sequence = {
             field: batch[name]
             for field, name in SEQUENCE_FIELDS.items()
@@ -346,7 +370,7 @@ def replaced_forward(module, forward):
 
 
 def _shift(values: Tensor, shape) -> Tensor:
-    """[B, T] at tokens -> [B, T] at the positions that predict them; [B] stays."""
-    if values.shape != shape:
+    """[B, T] or [B, T, k] at tokens -> at the positions that predict them; [B] stays."""
+    if values.shape[:2] != shape:
         return values
-    return torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)

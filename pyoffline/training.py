@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pyoffline import run_folder
 from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
+from pyoffline.config_objective import REWARD
 from pyoffline.data import Needs, SampleSet, load_samples
 
 
@@ -47,9 +48,11 @@ def run_training(
     with sole:
         start = _checkpoint(run, resume, not check_only)
         tokenizer = load_tokenizer(config.model)
+        same_tokens(config, tokenizer)
         data = load_data(config, tokenizer)
         transformers.set_seed(args.seed)
-        lm = load_model(config.model)
+        kind = "reward" if config.objective["name"] == REWARD else "causal"
+        lm = load_model(config.model, kind=kind)
         trainer, stop = build_trainer(config, args, lm, tokenizer, data)
         return None if check_only else _train(trainer, stop, start)
 
@@ -72,7 +75,24 @@ def _train(trainer, stop, start) -> RunResult:
     return RunResult(run, folder, run / "metrics.jsonl", step, stop.stopped_by)
 
 
-def load_tokenizer(model: ModelConfig):
+def same_tokens(config: RunConfig, tokenizer) -> None:
+    """ConfigError where a fixed model's tokenizer gives ids another meaning than the policy's."""
+    own, problems = tokenizer.get_vocab(), []
+    for name in sorted(config.models):
+        path = getattr(config, name).path
+        other = load_tokenizer(getattr(config, name), f"{name}.path").get_vocab()
+        odd = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
+        if odd:
+            ids = f"id {own.get(odd[0], 'none')} in the model's, {other.get(odd[0], 'none')} there"
+            problems.append(
+                f"{name} {path}: another vocabulary: {len(odd)} tokens differ, first {odd[0]!r} "
+                f"({ids}); log-probs of the two cannot be compared"
+            )
+    if problems:
+        raise ConfigError(f"model.path {config.model.path}", problems)
+
+
+def load_tokenizer(model: ModelConfig, key: str = "model.path"):
     """The model's tokenizer; ConfigError where there is none."""
     from transformers import AutoTokenizer
 
@@ -80,30 +100,33 @@ def load_tokenizer(model: ModelConfig):
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         problem = f"no tokenizer could be loaded: {error}"
-        raise ConfigError(f"model.path {model.path}", [problem]) from None
+        raise ConfigError(f"{key} {model.path}", [problem]) from None
 
 
-def load_model(model: ModelConfig):
-    """The causal LM from safetensors; ConfigError where there is none."""
+def load_model(model: ModelConfig, key: str = "model.path", kind: str = "causal"):
+    """The causal LM (kind "reward": a classifier of one score, new on top of a causal LM) from
+    safetensors; ConfigError where there is none.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     options = {"trust_remote_code": model.trust_remote_code, "use_safetensors": True}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
+    made = AutoModelForCausalLM
+    if kind == "reward":
+        made, options = AutoModelForSequenceClassification, options | {"num_labels": 1}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=getattr(torch, model.dtype), **options
-        )
+        return made.from_pretrained(model.path, dtype=getattr(torch, model.dtype), **options)
     except (OSError, ValueError) as error:
         problem = f"no model could be loaded: {error}"
-        raise ConfigError(f"model.path {model.path}", [problem]) from None
+        raise ConfigError(f"{key} {model.path}", [problem]) from None
 
 
 def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None, Needs]:
     """Both sets and what batches carry. Says on stderr what was left out."""
     objective = build_objective(config)
-    needs = Needs.of(objective, config.advantage)
+    needs = Needs.of(objective, config.advantage, config.models)
     sets = []
     for name, path in (("train", config.data.train), ("eval", config.data.eval)):
         if path is None:
@@ -132,6 +155,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
 
     from pyoffline.callbacks import JsonlCallback, ProgressBar, StopCallback
     from pyoffline.collate import Collator
+    from pyoffline.reward_trainer import RewardTrainer
     from pyoffline.trainer import OfflineTrainer
 
     train, evaluation, needs = data
@@ -157,10 +181,36 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     }
     if config.loss == "stock":
         trainer = stock_trainer()(**common)
+    elif config.objective["name"] == REWARD:
+        model.config.pad_token_id = pad  # its forward scores the last token before these
+        trainer = RewardTrainer(objective=build_objective(config), **common)
     else:
-        trainer = OfflineTrainer(objective=build_objective(config), **common)
+        check_teacher_ids(config, data, model)
+        fixed = {n: load_model(getattr(config, n), f"{n}.path") for n in sorted(config.models)}
+        try:
+            trainer = OfflineTrainer(objective=build_objective(config), **common, **fixed)
+        except ValueError as error:
+            raise ConfigError("the run", [str(error)]) from None
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer, stop
+
+
+def check_teacher_ids(config: RunConfig, data, model) -> None:
+    """DataError for ids of a cached teacher that the model's head does not have."""
+    from pyoffline import teacher_columns
+    from pyoffline.data import DataError
+    from pyoffline.fixed_models import vocabulary
+
+    if teacher_columns.IDS not in data[2].columns:
+        return
+    problems, rows, size = [], 0, vocabulary(model)
+    for samples, path in ((data[0], config.data.train), (data[1], config.data.eval)):
+        if samples is not None:
+            rows += len(samples.samples)
+            found = teacher_columns.outside(samples.samples, size)
+            problems += [f"{path}:{line}: {name}: {why}" for line, name, why in found]
+    if problems:
+        raise DataError(problems, rows)
 
 
 def stock_trainer() -> type:
@@ -199,5 +249,12 @@ def _checkpoint(run: Path, resume: bool, write: bool) -> str | None:
 def with_flags(config: RunConfig, skip_bad: bool, trust_remote_code: bool) -> RunConfig:
     """The configuration with the command line's flags applied."""
     data = replace(config.data, skip_bad=config.data.skip_bad or skip_bad)
-    trust = config.model.trust_remote_code or trust_remote_code
-    return replace(config, data=data, model=replace(config.model, trust_remote_code=trust))
+    names = ("model", *config.models)
+    trusted = {
+        name: replace(
+            getattr(config, name),
+            trust_remote_code=getattr(config, name).trust_remote_code or trust_remote_code,
+        )
+        for name in names
+    }
+    return replace(config, data=data, **trusted)

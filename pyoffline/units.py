@@ -11,14 +11,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyoffline.divergences import Divergence
 from pyoffline.objectives import ROW_OF_CODE
+from pyoffline.program import Program
 
 UNITS = ("row", "pair", "group")
 
 
+def program_of(objective, has_mu: bool = False) -> Program:
+    """The flat program of an objective; of a divergence what it reads beside the teacher."""
+    program = objective.program(has_mu)
+    return program.objective if isinstance(objective, Divergence) else program
+
+
+def reads_reference(objective) -> bool:
+    """Whether reference log-probs are read: per token, or either so or as sums."""
+    program = program_of(objective)
+    return "ref" in program.reads.union(*program.one_of)
+
+
 def coupled_rows(objective) -> tuple:
     """Rows of the coupled table that an objective is made of; empty for a token-local one."""
-    return objective.program(False).coupled
+    return program_of(objective).coupled
 
 
 def unit_of(objective) -> str:
@@ -39,7 +53,7 @@ def weighs_of(objective) -> frozenset[str]:
 
 def refuse_mixed_weights(objective, aggregation: str) -> None:
     """ValueError where aggregation "auto" has no one meaning for the parts of an objective."""
-    weighs, program = weighs_of(objective), objective.program(False)
+    weighs, program = weighs_of(objective), program_of(objective)
     local = any(code in ROW_OF_CODE for code in program.codes[0::3])
     if aggregation == "auto" and "chosen" in weighs and (local or "token" in weighs):
         raise ValueError(
