@@ -1,6 +1,7 @@
 """What every test run shares: GPU tests are left out by name where there is no GPU, and counted.
 
-A test that this machine cannot run is reported as "not run", never as passed.
+A test that this machine cannot run is reported as "not run", never as passed. With pytest-xdist the
+workers collect and the controller reports.
 """
 
 import gc
@@ -20,6 +21,16 @@ def pytest_collection_modifyitems(config, items):
     if _not_run:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=_not_run)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = [item.nodeid for item in _not_run]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _not_run[:] = getattr(node, "workeroutput", {}).get("not_run", _not_run)
 
 
 def pytest_terminal_summary(terminalreporter):

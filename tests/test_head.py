@@ -62,16 +62,16 @@ def lora(peft, model=None, adapters=({},), targets=("lm_head",), **settings):
 
 W, B = torch.randn(V, D), torch.randn(V)
 BAD = [  # arguments, exception, words: expected, got or what to do
-    ({"weight": torch.randn(V)}, ValueError, "flat; expected"),
-    ({"weight": torch.randn(2, V, D)}, ValueError, "2 dimensions"),
+    ({"weight": torch.ones(V)}, ValueError, "flat; expected"),
+    ({"weight": torch.ones(2, V, D)}, ValueError, "2 dimensions"),
     ({"weight": torch.ones(V, D, dtype=torch.int64)}, TypeError, "int64"),
     ({"weight": torch.ones(V, D).to(torch.float8_e4m3fn)}, TypeError, "float8"),
     ({"weight": nn.Linear(D, V)}, TypeError, "Head.of"),
     ({"weight": None}, TypeError, "NoneType"),
     ({"weight": torch.empty(0)}, ValueError, "empty"),
     ({"weight": torch.empty(V, D, device="meta")}, ValueError, "meta"),
-    ({"bias": torch.randn(D)}, ValueError, r"\(11,\)"),
-    ({"bias": torch.randn(V, 1)}, ValueError, r"\(11, 1\)"),
+    ({"bias": torch.ones(D)}, ValueError, r"\(11,\)"),
+    ({"bias": torch.ones(V, 1)}, ValueError, r"\(11, 1\)"),
     ({"bias": torch.empty(V, device="meta")}, ValueError, "meta"),
     ({"bias": torch.ones(V, dtype=torch.int32)}, TypeError, "int32"),
     ({"bias": 0.5}, TypeError, "float"),
