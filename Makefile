@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.pyoffline-installed
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cuda_host/*.h tests/cuda_host/*.cpp)
+JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test lint bench sanitize fuzz teeth triton-table install clean
@@ -23,8 +24,9 @@ bench: install
 	$(BIN)/pyoffline bench
 
 # tests/conftest.py leaves out what only a GPU can run, and counts it in the closing lines as not run.
+# JOBS processes; a file's tests stay together, in order.
 test: install
-	$(PYTEST) -q
+	$(PYTEST) -q -n $(JOBS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -35,6 +35,16 @@ def row_config(vocab: int, itemsize: int, warp_size: int = 32) -> RowConfig:
     return RowConfig(GROUPS_PER_THREAD * threads, 16 // itemsize, threads // warp_size, per_sm)
 
 
+def pair_config(vocab: int, itemsize: int, warp_size: int = 32) -> RowConfig:
+    """For the sweeps over two rows: one group of 16 bytes a thread, since each entry is ten values,
+    and half the warps, so that a thread may have 128 registers (with four groups every divergence
+    spilled on NVIDIA, with all warps some did).
+    """
+    config = row_config(vocab, itemsize, warp_size)
+    lanes = config.lanes // (2 * GROUPS_PER_THREAD)
+    return replace(config, lanes=lanes, warps=config.warps // 2)
+
+
 def programs_in_flight(row_nbytes: int, config: RowConfig, sms: int, l2_nbytes: int) -> int:
     """As many rows at once as L2 keeps for their second sweep, at least one per multiprocessor."""
     fit = int(L2_SHARE * l2_nbytes / max(1, row_nbytes))

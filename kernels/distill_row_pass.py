@@ -12,7 +12,7 @@ divergences (divergences.py), a top-k teacher (pyoffline/triton_distill.py), GEM
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.configs import row_config
+from pyoffline.kernels.configs import pair_config
 from pyoffline.kernels.divergences import (
     RENYI,
     dz_of,
@@ -253,7 +253,8 @@ def distill_kernel(
         if (label != ignore_index) & (weight != 0.0):
             run_pair(
                 logits_ptr + wide * stride_logits * UNIT,
-                teacher_ptr + wide * stride_teacher * UNIT, g_ptr if HAS_GRAD else None, row, label, weight,
+                teacher_ptr + wide * stride_teacher * UNIT, g_ptr if HAS_GRAD else None, row, label,
+                weight,
                 load_coefs(coefs_ptr, row, stride_coefs), vocab, gate_ptrs, temperature_ptr,
                 bias_ptr, bias_t_ptr, grad_scale_ptr, head, head_t, numbers, outputs,
                 stride_values, CODES, BENDS, BENDS_T, LANES, GROUP, WHOLE,
@@ -279,7 +280,7 @@ def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, output
     if count == 0:
         return
     size = min(logits.element_size(), teacher.element_size())
-    config = row_config(vocab, size, warp_size(logits.device))
+    config = pair_config(vocab, size, warp_size(logits.device))
     unit = alignment(logits, teacher, dlogits)
     head, head_t = rows.head, teacher_rows.head
     numbers = ()

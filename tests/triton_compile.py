@@ -22,8 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pyoffline as po
+from pyoffline.divergence_math import DIVERGENCES
 from pyoffline.kernels import scale_by_upstream, score_rows
-from pyoffline.kernels.configs import SCORE_TILES, row_config, score_family
+from pyoffline.kernels.configs import SCORE_TILES, pair_config, row_config, score_family
+from pyoffline.kernels.distill_row_pass import distill_kernel
 from pyoffline.kernels.row_pass import row_pass_kernel
 
 TARGETS = {
@@ -88,6 +90,37 @@ def _row_pass(dtype, chip, objective=None, grad=None, coefs=False, stats=True, o
         "WHOLE": True,
     }
     return row_pass_kernel, args, {"num_warps": config.warps}
+
+
+def _distill(dtype, chip, codes):
+    """A distillation row pass; codes: of its divergences."""
+    config = pair_config(151_936, DTYPES[dtype], chip.warp_size)
+    pointers = ("logits_ptr", "teacher_ptr", "dlogits_ptr")
+    sizes = ("stride_logits", "stride_teacher", "stride_dlogits", "n_rows", "vocab")
+    args = {
+        **dict.fromkeys(pointers, f"*{dtype}"),
+        **dict.fromkeys(sizes, "i32"),
+        "labels_ptr": "*i64",
+        "ignore_index": "i32",
+        "weights_ptr": FLOAT,
+        "coefs_ptr": FLOAT,
+        "stride_coefs": "i32",
+        "gate_ptrs": (),
+        **dict.fromkeys(("temperature_ptr", "bias_ptr", "bias_t_ptr", "grad_scale_ptr"), None),
+        "head": ("fp32",) * 3,
+        "head_t": ("fp32",) * 3,
+        "numbers": ("fp32",) * (5 * len(codes)),
+        "outputs": (FLOAT, FLOAT, FLOAT, "*u8"),
+        "stride_values": "i32",
+        "CODES": tuple(x for code in codes for x in (code, -1)),
+        "BENDS": False,
+        "BENDS_T": False,
+        "UNIT": 16,
+        "LANES": config.lanes,
+        "GROUP": config.group,
+        "WHOLE": True,
+    }
+    return distill_kernel, args, {"num_warps": config.warps}
 
 
 def _scale(dtype, chip):
@@ -170,6 +203,9 @@ def variants():
         out[f"row_pass ppo+kl+entropy {d}"] = lambda c, d=d: _row_pass(d, c, COMPOSED, grad=d)
         out[f"scale_by_upstream {d}"] = lambda c, d=d: _scale(d, c)
         out[f"score_tiles {d}"] = lambda c, d=d: _score_tiles(d, c)
+    for name, row in DIVERGENCES.items():
+        out[f"distill {name} bf16"] = lambda c, row=row: _distill("bf16", c, (row.code,))
+    out["distill jsd fp32"] = lambda c: _distill("fp32", c, (DIVERGENCES["jsd"].code,))
     out["row_pass statistics bf16"] = lambda c: _row_pass("bf16", c)
     out["row_pass coefs bf16"] = lambda c: _row_pass(
         "bf16", c, grad="bf16", coefs=True, stats=False

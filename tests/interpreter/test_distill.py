@@ -23,7 +23,7 @@ def small_tiles(monkeypatch):
     def config(vocab, itemsize, warp=32):
         return RowConfig(8, 4, 4, 1)
 
-    monkeypatch.setattr(kernel, "row_config", config)
+    monkeypatch.setattr(kernel, "pair_config", config)
     monkeypatch.setattr(rows, "row_config", config)
 
 
