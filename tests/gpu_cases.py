@@ -35,6 +35,13 @@ def move(x, device=None):
     return moved.requires_grad_(x.requires_grad)
 
 
+def on_gpu(x):
+    """Every tensor of a batch on the GPU."""
+    if isinstance(x, dict):
+        return {k: on_gpu(v) for k, v in x.items()}
+    return x.cuda() if isinstance(x, torch.Tensor) else x
+
+
 def on_cpu(x):
     """Results on the host."""
     return move(x, "cpu")

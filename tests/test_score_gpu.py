@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from compare import check_forward, same_bits
-from test_triton_gpu import on_gpu
+from gpu_cases import on_gpu
 
 import pyoffline as po
 from pyoffline import triton_backend

@@ -297,7 +297,7 @@ MORE = (
         134,
         "the trainer does not shift the columns of its tokens",
         "pyoffline/trainer.py",
-        "    if values.shape != shape:\n        return values\n",
+        "    if values.shape[:2] != shape:\n        return values\n",
         "    if True:\n        return values\n",
         TRAINER + "test_loss_and_gradients_equal_a_plain_loop[ppo_kl_entropy-1-padded]",
     ),
