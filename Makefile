@@ -52,11 +52,11 @@ triton-table: install
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py $(SOURCES)
+$(INSTALLED): pyproject.toml setup.py tests/constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" numpy
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation -c tests/constraints.txt -e ".[train,dev]"
 	touch $@
 
 clean:

@@ -12,7 +12,7 @@ divergences (divergences.py), a top-k teacher (pyoffline/triton_distill.py), GEM
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.configs import pair_config
+from pyoffline.kernels.configs import FMA, pair_config
 from pyoffline.kernels.divergences import (
     RENYI,
     dz_of,
@@ -298,5 +298,5 @@ def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, output
             CODES=tuple(x for code, gate, *_ in terms for x in (code, gate)),
             BENDS=head.softcap != 0, BENDS_T=head_t.softcap != 0,
             UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,
-            num_warps=config.warps,
+            num_warps=config.warps, **FMA,
         )  # fmt: skip

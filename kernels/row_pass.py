@@ -14,7 +14,7 @@ read. A label outside [0, V) is never an address: its row becomes NaN and `flag`
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.configs import row_config
+from pyoffline.kernels.configs import FMA, row_config
 from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
 from pyoffline.kernels.objective_functions import product
 from pyoffline.kernels.row_finish import (
@@ -275,5 +275,5 @@ def row_pass(
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
             WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
             UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,
-            num_warps=config.warps,
+            num_warps=config.warps, **FMA,
         )  # fmt: skip

@@ -8,6 +8,7 @@ Not here: the cast to the parameter's dtype.
 import triton
 import triton.language as tl
 
+from pyoffline.kernels.configs import FMA
 from pyoffline.kernels.launch import device_of, warp_size
 
 LANES, WARPS = 1024, 16  # two 16-byte groups a thread; not measured yet
@@ -38,6 +39,6 @@ def scale_by_upstream(grad, upstream):
         grid = (triton.cdiv(grad.numel(), LANES * group),)
         scale_by_upstream_kernel[grid](
             grad, upstream, grad.numel(), LANES=LANES, GROUP=group,
-            num_warps=WARPS * 32 // warp_size(grad.device),
+            num_warps=WARPS * 32 // warp_size(grad.device), **FMA,
         )  # fmt: skip
     return grad

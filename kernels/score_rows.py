@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pyoffline.kernels.configs import ScoreConfig, score_config
+from pyoffline.kernels.configs import FMA, ScoreConfig, score_config
 from pyoffline.kernels.launch import alignment, device_of
 from pyoffline.kernels.row_finish import (
     checked_label,
@@ -306,7 +306,7 @@ def score_rows(hidden, weight, rows, outputs, flag, logits_dtype, config=None):
             WANT_GAP=want_gap, TMA=config.tma, EVEN=dim % config.block_d == 0, UNIT=unit,
             PRECISION=config.precision, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
             BLOCK_D=config.block_d, SPAN=config.span, GROUP_N=config.group_n, PARTS=config.parts,
-            FIELDS=SUMS, num_warps=config.warps, num_stages=config.stages,
+            FIELDS=SUMS, num_warps=config.warps, num_stages=config.stages, **FMA,
         )  # fmt: skip
         score_finish_kernel[(count,)](
             sums, vocab, n_spans, rows.labels, rows.ignore_index, rows.weights,
@@ -315,5 +315,5 @@ def score_rows(hidden, weight, rows, outputs, flag, logits_dtype, config=None):
             () if rows.hyper is None else tuple(rows.hyper.float().flatten().tolist()),
             outputs, 0 if outputs[7] is None else outputs[7].stride(0), flag,
             CODES=tuple(rows.codes), BENDS=head.softcap != 0, WANT_GAP=want_gap, SPAN=config.span,
-            FIELDS=SUMS, SPANS=FINISH_SPANS, num_warps=1,
+            FIELDS=SUMS, SPANS=FINISH_SPANS, num_warps=1, **FMA,
         )  # fmt: skip

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import pyoffline as po
 from pyoffline.divergence_math import DIVERGENCES
 from pyoffline.kernels import scale_by_upstream, score_rows
-from pyoffline.kernels.configs import SCORE_TILES, pair_config, row_config, score_family
+from pyoffline.kernels.configs import FMA, SCORE_TILES, pair_config, row_config, score_family
 from pyoffline.kernels.distill_row_pass import distill_kernel
 from pyoffline.kernels.row_pass import row_pass_kernel
 
@@ -248,15 +249,17 @@ def _source(kernel, args):
 
 
 def _nvidia(compiled, arch: int) -> dict:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    tool = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    tool = get_ptxas(arch).path  # which of its own Triton takes differs between versions
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\S+?)[,\s]", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={target}", str(source), "-o", f"{folder}/cubin"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [tool, "-v", f"--gpu-name={target}", str(source), "-o", f"{folder}/cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        log = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{log}")
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     return {
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
@@ -288,7 +291,7 @@ def compile_one(name: str, target: str) -> dict:
     """What the compiler makes of one variant for one target."""
     chip = TARGETS[target]
     kernel, args, options = variants()[name](chip)
-    compiled = triton.compile(_source(kernel, args), target=chip, options=options)
+    compiled = triton.compile(_source(kernel, args), target=chip, options=options | FMA)
     facts = _nvidia(compiled, chip.arch) if chip.backend == "cuda" else _amd(compiled)
     if kernel is score_rows.score_tiles_kernel:
         text = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
