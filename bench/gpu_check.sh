@@ -39,7 +39,7 @@ files=(tests/test_gpu_*.py tests/test_benchmarks_device.py)
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu)
 sanitizer="compute-sanitizer --error-exitcode 9 --tool"
 
-stage build 100 env PYOFFLINE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+stage build 95 env PYOFFLINE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
 # Both backends must be there: a test of a backend that is not is skipped, and a skipped check is no check.
 stage backends 30 "$PYTHON" -c "import pyoffline as po; from pyoffline.backends import why_not; print(po.backends()); assert not (why_not('cuda', 'cuda') or why_not('triton', 'cuda'))"
 # The backends side by side: Triton's tests mostly compile, on the host.
@@ -58,13 +58,15 @@ stage memcheck 35 $sanitizer memcheck "${pytest[@]}" -x tests/test_gpu_numbers_2
 # shellcheck disable=SC2086
 stage racecheck 35 $sanitizer racecheck "${pytest[@]}" -x tests/test_gpu_numbers_2.py -k "agrees and 300"
 # Shapes and bars of DESIGN.md section 7. What a cut-off stage has finished is in its JSON.
-bench bars 75 --op linear_policy_loss linear_token_logps scoring --rounds 5 --no-peers --budget
-bench large 45 --op linear_policy_loss --shape 8192,4096,151936 8192,896,151936 --rounds 5 --no-peers --no-memory --budget
-bench peers 40 --op linear_cross_entropy --rounds 3 --budget
+bench bars 70 --op linear_policy_loss linear_token_logps scoring --rounds 5 --no-peers --budget
+bench large 40 --op linear_policy_loss --shape 8192,4096,151936 8192,896,151936 --rounds 5 --no-peers --no-memory --budget
+# The same with the GEMM's epilogue in place of the row pass (kernels/epilogue_rows.py).
+PYOFFLINE_TRITON_EPILOGUE=1 bench epilogue 30 --op linear_policy_loss --rounds 5 --no-peers --no-memory --budget
+bench peers 35 --op linear_cross_entropy --rounds 3 --budget
 stage rows 20 "$PYTHON" bench/gpu_row_pass.py --rounds 11 --json "$OUT/rows.json"
 
 [ "$dry" = --dry-run ] && exit 0
-for name in bars large peers rows; do
+for name in bars large epilogue peers rows; do
   printf '\n== %s\n' "$name"
   cat "$OUT/$name.log"
 done

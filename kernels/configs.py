@@ -99,6 +99,14 @@ SCORE_TILES = {
     ("amd", 4, True): ScoreConfig(128, 128, 32, 8, 2),
     ("amd", 4, False): ScoreConfig(128, 128, 32, 8, 2, parts=4),
 }
+# The same product when its epilogue stores a tile too (`epilogue_rows.py`): bf16, no softcap. On
+# sm_90 two programs fit a multiprocessor, so that one folds while the other multiplies.
+EPILOGUE_TILES = {
+    "sm_90": ScoreConfig(128, 128, 64, 4, 3, parts=8, tma=True),
+    "sm_80": ScoreConfig(128, 128, 64, 8, 3, parts=8),
+    "unaligned": ScoreConfig(64, 128, 32, 8, 2, parts=8),
+    "amd": ScoreConfig(128, 128, 64, 8, 2, parts=4),
+}
 INTERPRETER_TILE = ScoreConfig(16, 16, 16, 4, 2, span=32)
 
 
@@ -115,17 +123,29 @@ def score_family(major: int | None, itemsize: int, unit: int) -> str:
     return "sm_90" if major >= 9 else "sm_80"
 
 
+def _family(hidden: torch.Tensor, unit: int) -> str:
+    is_amd = torch.version.hip is not None
+    major = None if is_amd else torch.cuda.get_device_capability(hidden.device)[0]
+    return score_family(major, hidden.element_size(), unit)
+
+
 def score_config(hidden: torch.Tensor, unit: int, plain: bool) -> ScoreConfig:
     """The tile for hidden states on their device; fp32 products are TF32 where torch's own are, as
     the logits of a training pass then are.
     """
     if hidden.device.type == "cpu":
         return INTERPRETER_TILE
-    is_amd, size = torch.version.hip is not None, hidden.element_size()
-    major = None if is_amd else torch.cuda.get_device_capability(hidden.device)[0]
-    found = SCORE_TILES[score_family(major, size, unit), size, plain]
-    is_tf32 = size == 4 and not is_amd and torch.backends.cuda.matmul.allow_tf32
+    family, size = _family(hidden, unit), hidden.element_size()
+    found = SCORE_TILES[family, size, plain]
+    is_tf32 = family == "nvidia" and torch.backends.cuda.matmul.allow_tf32
     return replace(found, precision="tf32") if is_tf32 else found
+
+
+def epilogue_config(hidden: torch.Tensor, unit: int) -> ScoreConfig:
+    """The tile of a product whose epilogue stores."""
+    return (
+        INTERPRETER_TILE if hidden.device.type == "cpu" else EPILOGUE_TILES[_family(hidden, unit)]
+    )
 
 
 @cache

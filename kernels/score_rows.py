@@ -5,8 +5,9 @@ tile by tile, rounds each logit to the logits' dtype as a stored one is, folds i
 sums, and writes SUMS numbers per row and span. `score_finish_kernel`: a program per row joins the
 spans in ascending order and ends the row as the row pass does (`row_finish.py`). Spans depend on V
 and the tile only: a row's result depends neither on its place, nor on other rows, nor on the chip's
-size. Coordinates and sums are those of `row_sums.py`. Traffic, FLOP, expected times: README.md. Not
-here: gradients, adapters on the head.
+size. Coordinates and sums are those of `row_sums.py`. Traffic, FLOP, expected times: README.md.
+Both serve the GEMM epilogue of a training pass too (`epilogue_rows.py`). Not here: gradients,
+adapters on the head.
 
 Tiles come through tensor descriptors (TMA) where the chip has them, else through pointers; one
 source, by a constexpr. Row offsets are 64-bit.
@@ -19,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pyoffline.kernels.configs import FMA, ScoreConfig, score_config
 from pyoffline.kernels.launch import alignment, device_of
+from pyoffline.kernels.row_factors import write_factors, write_zero_factors
 from pyoffline.kernels.row_finish import (
     checked_label,
     evaluate_row,
@@ -33,6 +35,7 @@ from pyoffline.objectives import TABLE
 # m, ones, tail, s, tail of squares, y of the label, sum u (y - m), sum u: 32 bytes, one L2 sector
 SUMS = 8
 FINISH_SPANS = 64  # spans that a program of the second kernel joins at a time
+STORE_UNIT: tl.constexpr = tl.constexpr(16)  # elements: rows of exponentials start and end there
 LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -92,12 +95,12 @@ def fold_logits(
 
 @triton.jit
 def fold_tile(
-    acc, first, label_column, state, slope2, sign, inner, vocab, bias_ptr, class_weight_ptr,
+    acc, first, label_column, state, slope2, sign, inner, vocab, bias_ptr, class_weight_ptr, exps,
     LOGITS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_GAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of products to the rows' sums, in PARTS parts of its columns, one after another:
-    fewer registers.
+    fewer registers. exps: () or (row pointers, offsets, rows inside): store exp(z - offset) there.
     """
     if PARTS == 1:
         offs_v = first + tl.arange(0, BLOCK_V)
@@ -114,14 +117,20 @@ def fold_tile(
         if WANT_GAP:
             u = tl.where(mask_v, load_or(class_weight_ptr, entries, 1.0), 0.0)
         state = fold_logits(y, u, label_column, state, slope2, WANT_GAP, BLOCK_V)
+        if len(exps) > 0:
+            ptrs, offset, inside = exps
+            e = tl.exp2((y - offset[:, None]) * slope2[:, None]).to(ptrs.dtype.element_ty)
+            # whole groups of 32 bytes: the row's padding takes what lies past V
+            fits = offs_v // STORE_UNIT * STORE_UNIT < vocab
+            tl.store(ptrs[:, None] + offs_v[None, :], e, mask=inside[:, None] & fits[None, :])
     else:
         HALF: tl.constexpr = BLOCK_V // 2
         halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, HALF]), (0, 2, 1)))
         for i in tl.static_range(2):
             state = fold_tile(
                 halves[i], first + i * HALF, label_column - i * HALF, state, slope2, sign, inner,
-                vocab, bias_ptr, class_weight_ptr, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N, HALF,
-                PARTS // 2,
+                vocab, bias_ptr, class_weight_ptr, exps, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N,
+                HALF, PARTS // 2,
             )  # fmt: skip
     return state
 
@@ -140,10 +149,13 @@ def tile_of_program(n_rows, n_spans, BLOCK_N: tl.constexpr, GROUP_N: tl.constexp
     return (first + place % size) * BLOCK_N, place // size
 
 
-@triton.jit(do_not_specialize=["stride_hidden", "stride_weight", "n_rows", "vocab", "dim"])
+SIZES = ["stride_hidden", "stride_weight", "n_rows", "vocab", "dim", "stride_exps"]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def score_tiles_kernel(
     hidden, weight, stride_hidden, stride_weight, n_rows, vocab, dim,
-    labels_ptr, temperature_ptr, bias_ptr, class_weight_ptr, head, sums_ptr,
+    labels_ptr, temperature_ptr, bias_ptr, class_weight_ptr, head, sums_ptr, exps, stride_exps,
     LOGITS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_GAP: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
@@ -151,8 +163,11 @@ def score_tiles_kernel(
 ):  # fmt: skip
     """hidden, weight: descriptors with TMA, else pointers. Strides and dim in units of UNIT
     elements, so that the compiler knows the alignment. sums [N, spans, FIELDS] fp32; the last
-    two fields only with WANT_GAP.
+    two fields only with WANT_GAP. exps: (), or (exp(z - offset) [N, V], offset [N] in units of y),
+    or these and late [N]: then tiles without a late row do nothing, and no sums are written.
+    stride_exps: of its rows, in 32 bytes.
     """
+    AGAIN: tl.constexpr = len(exps) == 3
     dim = dim * UNIT
     n_spans = tl.cdiv(vocab, SPAN)
     first_row, span = tile_of_program(n_rows, n_spans, BLOCK_N, GROUP_N)
@@ -166,8 +181,16 @@ def score_tiles_kernel(
     sign = (sign + zero)[:, None]
     state = (zero + LOWEST, zero, zero, zero, zero, zero, zero, zero)
     begin = span * SPAN
+    end = min(begin + SPAN, vocab)
     columns = tl.arange(0, BLOCK_V)
-    for first in range(begin, min(begin + SPAN, vocab), BLOCK_V):
+    stored = ()
+    if len(exps) > 0:
+        ptrs = exps[0] + lines.to(tl.int64) * stride_exps * STORE_UNIT
+        stored = (ptrs, tl.load(exps[1] + lines), inside)
+    if AGAIN:
+        late = tl.load(exps[2] + lines, mask=inside, other=0)
+        end = tl.where(tl.max(late, axis=0) > 0, end, begin)
+    for first in range(begin, end, BLOCK_V):
         entries = tl.where(first + columns < vocab, first + columns, 0)
         acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for k in range(0, dim, BLOCK_D):
@@ -182,14 +205,20 @@ def score_tiles_kernel(
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
         state = fold_tile(
             acc, first, label - first, state, slope2, sign, inner, vocab, bias_ptr,
-            class_weight_ptr, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N, BLOCK_V, PARTS,
+            class_weight_ptr, stored, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N, BLOCK_V, PARTS,
         )  # fmt: skip
+    if not AGAIN:
+        write_sums(sums_ptr, lines, inside, n_spans, span, state, WANT_GAP, FIELDS)
+
+
+@triton.jit
+def write_sums(
+    sums_ptr, lines, inside, n_spans, span, state, WANT_GAP: tl.constexpr, FIELDS: tl.constexpr
+):
+    """What a program leaves of its span."""
     ptrs = sums_ptr + (lines.to(tl.int64) * n_spans + span) * FIELDS
-    for i in tl.static_range(6):
+    for i in tl.static_range(8 if WANT_GAP else 6):
         tl.store(ptrs + i, state[i], mask=inside)
-    if WANT_GAP:
-        tl.store(ptrs + 6, state[6], mask=inside)
-        tl.store(ptrs + 7, state[7], mask=inside)
 
 
 @triton.jit
@@ -236,11 +265,13 @@ def join_spans(
 @triton.jit(do_not_specialize=["vocab", "n_spans", "ignore_index", "stride_coefs"])
 def score_finish_kernel(
     sums_ptr, vocab, n_spans, labels_ptr, ignore_index, weights_ptr, given_ptrs, gate_ptrs,
-    temperature_ptr, sum_u_ptr, head, hyper, outputs, stride_coefs, flag_ptr,
+    temperature_ptr, sum_u_ptr, head, hyper, outputs, stride_coefs, flag_ptr, factors,
     CODES: tl.constexpr, BENDS: tl.constexpr, WANT_GAP: tl.constexpr, SPAN: tl.constexpr,
     FIELDS: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """One row: its spans joined, its statistics and its objective. SPAN: entries of V of a span."""
+    """One row: its spans joined, its statistics and its objective. SPAN: entries of V of a span.
+    factors: () or what `row_factors.write_factors` reads and writes.
+    """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     weight = load_or(weights_ptr, row, 1.0)
@@ -251,7 +282,7 @@ def score_finish_kernel(
         sums = join_spans(spans_ptr, n_spans, slope * LOG2_E, WANT_GAP, FIELDS, SPANS)
         y_label = tl.load(spans_ptr + at // SPAN * FIELDS + 5) + poison
         sum_u = load_or(sum_u_ptr, 0, vocab * 1.0)
-        _, logp, entropy, lse, gap, log_sum_p2, is_top1, _, _ = statistics(
+        d, logp, entropy, lse, gap, log_sum_p2, is_top1, _, _ = statistics(
             sums, slope, y_label, vocab, sum_u
         )
         scalars = (logp, entropy, lse, gap)
@@ -260,9 +291,14 @@ def score_finish_kernel(
         )  # fmt: skip
         stats = (logp, entropy + poison, lse + poison, log_sum_p2 + poison, is_top1, gap + poison)
         write_row(outputs, row, stride_coefs, stats, loss, (a, b, c, e))
+        if len(factors) > 0:
+            scale = weight * head[1] / load_or(temperature_ptr, row, head[2])
+            write_factors(factors, row, a, c, sums[0], slope, d, logp, scale)
     else:
         zeros = (0.0, 0.0, 0.0, 0.0)
         write_row(outputs, row, stride_coefs, (0.0, 0.0, 0.0, 0.0, False, 0.0), 0.0, zeros)
+        if len(factors) > 0:
+            write_zero_factors(factors, row)
 
 
 def operands(hidden, weight, config: ScoreConfig):
@@ -278,42 +314,67 @@ def sums_nbytes(vocab: int) -> int:
     return 4 * SUMS * triton.cdiv(vocab, ScoreConfig.span)
 
 
-def score_rows(hidden, weight, rows, outputs, flag, logits_dtype, config=None):
-    """Run both kernels. hidden [N, D], weight [V, D], unit stride in D; rows: calls.Rows, fp32 and
-    contiguous, without coefs; outputs and flag as in `row_pass`; logits are rounded to
-    logits_dtype. Allocates 32 bytes per row and span of V.
+class Scoring:
+    """The launches of one block of rows. hidden [N, D], weight [V, D], unit stride in D; rows:
+    calls.Rows, fp32 and contiguous, without coefs; outputs and flag as in `row_pass`; logits are
+    rounded to logits_dtype. Allocates 32 bytes per row and span of V.
     """
-    (count, dim), vocab = hidden.shape, weight.shape[0]
-    if count == 0:
-        return
-    head, terms = rows.head, rows.codes[0::3]
-    scalars = (head.softcap, head.logit_scale, head.temperature)
-    want_gap = TABLE["smoothing"].code in terms or outputs[6] is not None
-    sum_u = None if rows.class_weight is None else rows.class_weight.sum().reshape(1)
-    negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
-    unit = min(alignment(hidden, weight), dim & -dim)
-    plain = not (head.softcap or negative or want_gap)
-    config = config or score_config(hidden, unit, plain)
-    n_spans = triton.cdiv(vocab, config.span)
-    sums = torch.empty(count, n_spans, SUMS, dtype=torch.float32, device=hidden.device)
-    x, w = operands(hidden, weight, config)
-    with device_of(hidden):
-        score_tiles_kernel[(triton.cdiv(count, config.block_n) * n_spans,)](
-            x, w, hidden.stride(0) // unit, weight.stride(0) // unit, count, vocab, dim // unit,
-            rows.labels, rows.temperature, rows.bias, rows.class_weight if want_gap else None,
-            scalars, sums,
-            LOGITS=LOGITS[logits_dtype], BENDS=head.softcap != 0, SIGNED=negative,
-            WANT_GAP=want_gap, TMA=config.tma, EVEN=dim % config.block_d == 0, UNIT=unit,
+
+    def __init__(self, hidden, weight, rows, outputs, flag, logits_dtype, config=None):
+        (self.count, dim), self.vocab = hidden.shape, weight.shape[0]
+        self.hidden, self.weight, self.rows = hidden, weight, rows
+        self.outputs, self.flag, self.logits_dtype = outputs, flag, logits_dtype
+        head, terms = rows.head, rows.codes[0::3]
+        self.scalars = (head.softcap, head.logit_scale, head.temperature)
+        self.want_gap = TABLE["smoothing"].code in terms or outputs[6] is not None
+        self.negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
+        self.unit = min(alignment(hidden, weight), dim & -dim)
+        plain = not (head.softcap or self.negative or self.want_gap)
+        self.config = config or score_config(hidden, self.unit, plain)
+        spans = triton.cdiv(self.vocab, self.config.span)
+        self.sums = torch.empty(
+            self.count, spans, SUMS, dtype=torch.float32, device=hidden.device
+        )  # fmt: skip
+
+    def multiply(self, exps=(), stride_exps=0):
+        """The product, folded into the sums; exps: see the kernel."""
+        hidden, weight, rows, config, unit = (
+            self.hidden, self.weight, self.rows, self.config, self.unit
+        )  # fmt: skip
+        dim, spans = hidden.shape[1], self.sums.shape[1]
+        x, w = operands(hidden, weight, config)
+        score_tiles_kernel[(triton.cdiv(self.count, config.block_n) * spans,)](
+            x, w, hidden.stride(0) // unit, weight.stride(0) // unit, self.count, self.vocab,
+            dim // unit, rows.labels, rows.temperature, rows.bias,
+            rows.class_weight if self.want_gap else None, self.scalars, self.sums, exps,
+            stride_exps,
+            LOGITS=LOGITS[self.logits_dtype], BENDS=rows.head.softcap != 0, SIGNED=self.negative,
+            WANT_GAP=self.want_gap, TMA=config.tma, EVEN=dim % config.block_d == 0, UNIT=unit,
             PRECISION=config.precision, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
             BLOCK_D=config.block_d, SPAN=config.span, GROUP_N=config.group_n, PARTS=config.parts,
             FIELDS=SUMS, num_warps=config.warps, num_stages=config.stages, **FMA,
         )  # fmt: skip
-        score_finish_kernel[(count,)](
-            sums, vocab, n_spans, rows.labels, rows.ignore_index, rows.weights,
+
+    def finish(self, factors=()):
+        """Statistics and objective of each row; factors: see the kernel."""
+        rows, outputs, spans = self.rows, self.outputs, self.sums.shape[1]
+        sum_u = None if rows.class_weight is None else rows.class_weight.sum().reshape(1)
+        score_finish_kernel[(self.count,)](
+            self.sums, self.vocab, spans, rows.labels, rows.ignore_index, rows.weights,
             (rows.old, rows.mu, rows.ref, rows.adv), tuple(rows.extras.values()), rows.temperature,
-            sum_u, scalars,
+            sum_u, self.scalars,
             () if rows.hyper is None else tuple(rows.hyper.float().flatten().tolist()),
-            outputs, 0 if outputs[7] is None else outputs[7].stride(0), flag,
-            CODES=tuple(rows.codes), BENDS=head.softcap != 0, WANT_GAP=want_gap, SPAN=config.span,
-            FIELDS=SUMS, SPANS=FINISH_SPANS, num_warps=1, **FMA,
+            outputs, 0 if outputs[7] is None else outputs[7].stride(0), self.flag, factors,
+            CODES=tuple(rows.codes), BENDS=rows.head.softcap != 0, WANT_GAP=self.want_gap,
+            SPAN=self.config.span, FIELDS=SUMS, SPANS=FINISH_SPANS, num_warps=1, **FMA,
         )  # fmt: skip
+
+
+def score_rows(hidden, weight, rows, outputs, flag, logits_dtype, config=None):
+    """Run both kernels; arguments as for `Scoring`."""
+    if hidden.shape[0] == 0:
+        return
+    with device_of(hidden):
+        block = Scoring(hidden, weight, rows, outputs, flag, logits_dtype, config)
+        block.multiply()
+        block.finish()

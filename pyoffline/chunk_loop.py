@@ -38,6 +38,13 @@ class Kernels(Protocol):
         memory).
         """
 
+    def fold(
+        self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs, exps: Tensor
+    ) -> Tensor | None:
+        """Logits and row pass of a chunk in one: fill `out`, and `exps` so that dlogits =
+        F[:, None] * exps, and return F [C] fp32; None, and nothing done, where that cannot be.
+        """
+
     def score(self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs) -> bool:
         """Fill `out` for all rows at once without storing logits; False where that cannot be."""
 
@@ -170,14 +177,20 @@ class _Gradients:
         vocab = call.weight.shape[0]
         self.dbias = torch.zeros(vocab, dtype=total, device=dev) if needs.bias else None
 
-    def add(self, dlogits: Tensor, x: Tensor, adapter: Tensor | None, span, last: bool) -> None:
+    def add(
+        self, dlogits: Tensor, x: Tensor, adapter: Tensor | None, span, last: bool, factor=None
+    ) -> None:
+        """One chunk; `factor` [C]: its gradient is factor[:, None] * dlogits."""
         k, call = self.k, self.call
         start, stop = span
         pairs = ((self.dhidden, call.weight), (self.dadapter_hidden, call.adapter_weight))
         for out, weight in pairs:
             if out is not None:
                 part = k.dhidden(dlogits, weight)[: stop - start]
+                part = part if factor is None else part.mul_(factor[:, None])
                 self.put(out, part if is_one(self.inverse) else part * self.inverse, span)
+        if factor is not None:
+            x = (x * factor[:, None]).to(x.dtype)
         for grad, source in ((self.dweight, x), (self.dadapter_weight, adapter)):
             if grad is not None:
                 grad.add(k, dlogits, source, last)
@@ -299,13 +312,18 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
         if plan.padded:
             x, u = _pad(x, height), None if u is None else _pad(u, height)
         logits = buffer[: x.shape[0]]
-        k.logits(call, x, u, logits)
-        logits[size:].zero_()
         cut = slice(start, stop)
         chunk = rows.map(lambda v, cut=cut: v[cut])
-        dlogits = k.row_pass(logits, chunk, part.map(lambda v, cut=cut: v[..., cut]), grad, scale)
+        results = part.map(lambda v, cut=cut: v[..., cut])
+        factor = k.fold(call, x, chunk, results, logits) if grad is not None else None
+        if factor is None:
+            k.logits(call, x, u, logits)
+            logits[size:].zero_()
+            dlogits = k.row_pass(logits, chunk, results, grad, scale)
+        else:
+            dlogits = logits
         if dlogits is not None:
-            grads.add(dlogits, x, u, (start, stop), stop == count)
+            grads.add(dlogits, x, u, (start, stop), stop == count, factor)
     loss = k.weighted_sum(part.loss, rows.weights)
     return grads.result(
         loss,

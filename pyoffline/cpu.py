@@ -146,6 +146,9 @@ class CpuKernels:
         run_rows(logits[:size], None if dlogits is None else dlogits[:size], rows, out, scale)
         return dlogits
 
+    def fold(self, call, hidden, rows, out, exps):
+        return None
+
     def score(self, call, hidden, rows, out):
         """Rows without gradient, their logits folded panel by panel over V and never stored."""
         if call.plan.deterministic or call.adapter_weight is not None:

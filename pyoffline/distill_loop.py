@@ -111,6 +111,9 @@ class PairKernels:
     def __getattr__(self, name: str):
         return getattr(self.base, name)
 
+    def fold(self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs, exps: Tensor):
+        """Never: a divergence needs the logits."""
+
     def score(self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs) -> bool:
         """Never: a divergence needs the logits."""
         return False

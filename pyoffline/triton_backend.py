@@ -4,18 +4,24 @@ NVIDIA sm_80 and later, AMD gfx942 and later; under TRITON_INTERPRET=1 also CPU 
 Not here: the kernels, what GPU backends share.
 """
 
+import dataclasses
 import math
+import os
 
 import torch
 
 from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, RowOutputs
 from pyoffline.device_flags import flag_of
-from pyoffline.gpu_rows import GpuRows, run_linear_call, run_logits_call
+from pyoffline.gpu_rows import GpuRows, float32_rows, run_linear_call, run_logits_call
+from pyoffline.kernels import epilogue_rows
 from pyoffline.kernels.row_pass import row_pass
 from pyoffline.kernels.scale_by_upstream import scale_by_upstream as scale_by_upstream
 from pyoffline.kernels.score_rows import score_rows, sums_nbytes
 from pyoffline.plan import PlanSettings
 
+# PYOFFLINE_TRITON_EPILOGUE=1: training chunks of `epilogue_rows.py`, 6 bytes per logit and not 10.
+# Off until a benchmark on a GPU shows it faster than the vendor's GEMM and a row pass.
+EPILOGUE = os.environ.get("PYOFFLINE_TRITON_EPILOGUE", "0") == "1"
 # Rows that one launch of `score_rows` takes at most: its sums stay within 64 MiB at V = 262,144.
 SCORE_ROWS = 8192
 
@@ -32,6 +38,20 @@ class TritonKernels(GpuRows):
     def launch(self, logits, dlogits, rows, out, scale, is_lifted=False):
         flag = flag_of(logits.device)
         row_pass(logits, dlogits, rows, _outputs(out), flag, scale, is_lifted=is_lifted)
+
+    def fold(self, call, hidden, rows, out, exps):
+        """The GEMM's epilogue in place of the row pass, where it is asked for and serves."""
+        if not (EPILOGUE and epilogue_rows.serves(call)):
+            return None
+        plain, flag = float32_rows(rows), flag_of(hidden.device)
+        coefs = None if out.coefs is None else out.coefs.contiguous()
+        written = dataclasses.replace(out, coefs=coefs)
+        factor = epilogue_rows.epilogue_rows(
+            hidden, call.weight, plain, _outputs(written), flag, exps
+        )  # fmt: skip
+        if coefs is not out.coefs:
+            out.coefs.copy_(coefs)
+        return factor
 
     def score(self, call, hidden, rows, out):
         """Rows without gradient, their logits never stored; `score_rows.py` rounds a logit where

@@ -40,6 +40,7 @@ AGAIN = [
     ("scale_by_upstream bf16", "sm_100"),
     ("score_tiles bf16", "sm_90"),
     ("score_tiles bf16", "gfx950"),
+    ("score_tiles epilogue bf16", "sm_90"),
     ("score_finish ppo+kl+entropy", "sm_90"),
 ]
 
@@ -55,7 +56,7 @@ def holds(name, target, facts):
         holds_for_tiles(name, target, facts)
         return
     assert facts["registers"] <= (128 if target.startswith("sm") else 256)
-    if name.startswith("score_finish"):  # its 4-byte loads are a few a row
+    if name.startswith(("score_finish", "label_logits")):  # a few loads a row
         return
     assert facts["wide_loads"] > 0, "no 16-byte load"
     if "statistics" not in name and "fp32 to bf16" not in name:  # that one stores 8 bytes
@@ -66,6 +67,8 @@ def holds_for_tiles(name, target, facts):
     """Matrix instructions where they keep the inputs, tiles by descriptor or in 16 bytes."""
     is_nvidia, is_fp32 = target.startswith("sm"), name.endswith(" fp32")
     assert facts["registers"] <= (255 if is_nvidia else 256)
+    if "epilogue" in name and "unaligned" not in name:
+        assert facts["wide_stores"] > 0, "no 16-byte store"
     matrix = {k for k in ("wgmma", "tcgen05", "mma", "mfma") if facts.get(k)}
     assert matrix == (set() if is_fp32 and is_nvidia else {MATRIX[target]})
     if "unaligned" in name:

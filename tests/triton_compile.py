@@ -24,8 +24,15 @@ from triton.compiler import ASTSource
 
 import pyoffline as po
 from pyoffline.divergence_math import DIVERGENCES
-from pyoffline.kernels import scale_by_upstream, score_rows
-from pyoffline.kernels.configs import FMA, SCORE_TILES, pair_config, row_config, score_family
+from pyoffline.kernels import epilogue_rows, scale_by_upstream, score_rows
+from pyoffline.kernels.configs import (
+    EPILOGUE_TILES,
+    FMA,
+    SCORE_TILES,
+    pair_config,
+    row_config,
+    score_family,
+)
 from pyoffline.kernels.distill_row_pass import distill_kernel
 from pyoffline.kernels.row_pass import row_pass_kernel
 
@@ -131,13 +138,14 @@ def _scale(dtype, chip):
     return kernel, args, {"num_warps": scale_by_upstream.WARPS * 32 // chip.warp_size}
 
 
-def _score_tiles(dtype, chip, unit=16, options=(), precision="ieee"):
+def _score_tiles(dtype, chip, unit=16, options=(), precision="ieee", exps=()):
     """The scoring product; `unit`: rows start at multiples of so many elements; less than 16: they
-    end inside a tile too.
+    end inside a tile too. exps: pointers of the epilogue.
     """
     major = chip.arch // 10 if chip.backend == "cuda" else None
     family = score_family(major, DTYPES[dtype], unit)
-    config = replace(SCORE_TILES[family, DTYPES[dtype], not options], precision=precision)
+    config = EPILOGUE_TILES[family] if exps else SCORE_TILES[family, DTYPES[dtype], not options]
+    config = replace(config, precision=precision)
     both = {"hidden": config.block_n, "weight": config.block_v}
     shape = {k: f"tensordesc<{dtype}[{n}, {config.block_d}]>" for k, n in both.items()}
     args = {
@@ -149,6 +157,8 @@ def _score_tiles(dtype, chip, unit=16, options=(), precision="ieee"):
         "class_weight_ptr": FLOAT if "class weights" in options else None,
         "head": ("fp32",) * 3,
         "sums_ptr": FLOAT,
+        "exps": exps,
+        "stride_exps": "i32",
         "LOGITS": score_rows.LOGITS[TORCH[dtype]],
         "BENDS": "softcap" in options,
         "SIGNED": "temperature" in options,
@@ -169,7 +179,15 @@ def _score_tiles(dtype, chip, unit=16, options=(), precision="ieee"):
     return kernel, args, {"num_warps": config.warps, "num_stages": config.stages}
 
 
-def _score_finish(chip):
+def _label_logits(chip):
+    args = dict.fromkeys(("hidden_ptr", "weight_ptr"), "*bf16")
+    args |= dict.fromkeys(("stride_hidden", "stride_weight", "vocab", "dim"), "i32")
+    args |= {"labels_ptr": "*i64", "bias_ptr": None, "temperature_ptr": None}
+    args |= {"head": ("fp32",) * 3, "offset_ptr": FLOAT, "LANES": epilogue_rows.OFFSET_LANES}
+    return epilogue_rows.label_logits_kernel, args, {"num_warps": 4}
+
+
+def _score_finish(chip, factors=()):
     """The second kernel of scoring, with the composed objective."""
     program = COMPOSED.program(False)
     args = {
@@ -187,6 +205,7 @@ def _score_finish(chip):
         "outputs": (FLOAT,) * 5 + ("*u8", None, None),
         "stride_coefs": "i32",
         "flag_ptr": "*i64",
+        "factors": factors,
         "CODES": tuple(program.codes),
         "BENDS": False,
         "WANT_GAP": False,
@@ -227,6 +246,17 @@ def variants():
         "fp32", c, precision="tf32" if c.backend == "cuda" else "ieee"
     )
     out["score_finish ppo+kl+entropy"] = _score_finish
+    out["score_finish with factors"] = lambda c: _score_finish(c, (FLOAT,) * 3 + ("*i32",))
+    out["label_logits bf16"] = _label_logits
+    exps = {"": ("*bf16", FLOAT), " again": ("*bf16", FLOAT, "*i32")}
+    for kind, pointers in exps.items():
+        out[f"score_tiles epilogue{kind} bf16"] = lambda c, p=pointers: _score_tiles(
+            "bf16", c, exps=p
+        )
+    for kind, unit in (("", 16), (" unaligned", 1)):
+        out[f"score_tiles epilogue temperature{kind} bf16"] = lambda c, u=unit: _score_tiles(
+            "bf16", c, unit=u, options=("bias", "temperature"), exps=exps[""]
+        )
     return out
 
 
