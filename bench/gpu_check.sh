@@ -44,7 +44,7 @@ stage build 95 env PYOFFLINE_CUDA=1 "$PYTHON" setup.py build_ext --inplace
 stage backends 30 "$PYTHON" -c "import pyoffline as po; from pyoffline.backends import why_not; print(po.backends()); assert not (why_not('cuda', 'cuda') or why_not('triton', 'cuda'))"
 # The backends side by side: Triton's tests mostly compile, on the host.
 # shellcheck disable=SC2016
-stage tests 150 bash -c 'log=$0
+stage tests 145 bash -c 'log=$0
   "$@" -k "not triton" >"$log-cuda.log" 2>&1 & first=$!
   "$@" -k triton >"$log-triton.log" 2>&1
   second=$?
