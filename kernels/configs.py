@@ -84,11 +84,14 @@ class ScoreConfig:
 
 # (family, bytes of an element, whether the head is plain: no softcap, temperatures of rows, class
 # weights or smoothing, which want registers) -> the largest tile that keeps every sum in registers,
-# by tests/triton_table.json. No tile is measured yet. fp32 products without tensor cores.
+# by tests/triton_table.json, and by Triton 3.9 too for 16-bit rows of NVIDIA's. No tile is measured
+# yet. fp32 products without tensor cores.
 SCORE_TILES = {
-    ("sm_90", 2, True): ScoreConfig(128, 256, 64, 8, 3, tma=True),
+    ("sm_100", 2, True): ScoreConfig(128, 256, 64, 8, 3, parts=8, tma=True),
+    ("sm_100", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
+    ("sm_90", 2, True): ScoreConfig(128, 256, 64, 8, 3, parts=8, tma=True),
     ("sm_90", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
-    ("sm_80", 2, True): ScoreConfig(128, 128, 64, 8, 3, parts=4),
+    ("sm_80", 2, True): ScoreConfig(128, 128, 64, 8, 3, parts=8),
     ("sm_80", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8),
     ("unaligned", 2, True): ScoreConfig(64, 128, 32, 8, 2, parts=8),
     ("unaligned", 2, False): ScoreConfig(64, 128, 32, 8, 2, parts=8),
@@ -102,6 +105,7 @@ SCORE_TILES = {
 # The same product when its epilogue stores a tile too (`epilogue_rows.py`): bf16, no softcap. On
 # sm_90 two programs fit a multiprocessor, so that one folds while the other multiplies.
 EPILOGUE_TILES = {
+    "sm_100": ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
     "sm_90": ScoreConfig(128, 128, 64, 4, 3, parts=8, tma=True),
     "sm_80": ScoreConfig(128, 128, 64, 8, 3, parts=8),
     "unaligned": ScoreConfig(64, 128, 32, 8, 2, parts=8),
@@ -120,7 +124,7 @@ def score_family(major: int | None, itemsize: int, unit: int) -> str:
         return "nvidia"
     if unit * itemsize % 16:
         return "unaligned"
-    return "sm_90" if major >= 9 else "sm_80"
+    return "sm_100" if major >= 10 else "sm_90" if major >= 9 else "sm_80"
 
 
 def _family(hidden: torch.Tensor, unit: int) -> str:
