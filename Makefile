@@ -26,7 +26,7 @@ bench: install
 # tests/conftest.py leaves out what only a GPU can run, and counts it in the closing lines as not run.
 # JOBS processes; a file's tests stay together, in order.
 test: install
-	$(PYTEST) -q -n $(JOBS) --dist loadfile
+	$(PYTEST) -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,12 +9,15 @@ import gc
 import pytest
 import torch
 
+# The files that take minutes, started first so that no process is left with one at the end.
+LONGEST = ("test_triton.py", "test_packaging.py", "test_compile.py", "test_memory.py")
 HAS_GPU = torch.cuda.is_available()
 _not_run = []
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if HAS_GPU:
         return
     _not_run[:] = [item for item in items if item.get_closest_marker("gpu")]
