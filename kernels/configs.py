@@ -31,9 +31,15 @@ class RowConfig:
     per_sm: int
 
 
-def row_config(vocab: int, itemsize: int, warp_size: int = 32) -> RowConfig:
-    """Tile and warps for rows of this many logits of this many bytes."""
+def row_config(
+    vocab: int, itemsize: int, warp_size: int = 32, is_shifted: bool = False
+) -> RowConfig:
+    """Tile and warps for rows of this many logits of this many bytes. Shifted fp32 rows take two
+    programs of half the threads: one of all spilled on sm_100.
+    """
     warps, per_sm = next((w, p) for limit, w, p in ROW_WARPS if limit is None or vocab <= limit)
+    if is_shifted and itemsize == 4:
+        warps, per_sm = warps // 2, per_sm * 2
     threads = 32 * warps
     return RowConfig(GROUPS_PER_THREAD * threads, 16 // itemsize, threads // warp_size, per_sm)
 

@@ -45,10 +45,10 @@ def load_pair(
     x_ptr, bias_ptr, sign, inner, slope, m, log_d, inverse_d = s_row
     xt_ptr, bias_t_ptr, sign_t, inner_t, slope_t, m_t, log_d_t, inverse_d_t = t_row
     y = load_y(
-        x_ptr, base, vocab, bias_ptr, sign, inner, BENDS, True, True, GROUP, WHOLE
+        x_ptr, base, 0, vocab, bias_ptr, sign, inner, BENDS, True, True, GROUP, WHOLE
     )  # fmt: skip
     y_t = load_y(
-        xt_ptr, base, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, WHOLE
+        xt_ptr, base, 0, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, WHOLE
     )  # fmt: skip
     t, t_t = (y - m) * slope, (y_t - m_t) * slope_t
     p, p_t = tl.exp2(t * LOG2_E) * inverse_d, tl.exp2(t_t * LOG2_E) * inverse_d_t
@@ -89,7 +89,7 @@ def pair_sums(
             s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, WHOLE
         )  # fmt: skip
         one, two = summands(CODE, x, q, peak)
-        offs, mask = places(base, vocab, GROUP, WHOLE)
+        offs, _, mask = places(base, 0, vocab, GROUP, WHOLE)
         first += tl.sum(tl.where(mask, one, 0.0), axis=1)
         second += tl.sum(tl.where(mask, two, 0.0), axis=1)
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
@@ -106,9 +106,9 @@ def teachers_top(
     for start in range(0, vocab, LANES * GROUP):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
         y = load_y(
-            xt_ptr, base, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, WHOLE
+            xt_ptr, base, 0, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, WHOLE
         )  # fmt: skip
-        offs, mask = places(base, vocab, GROUP, WHOLE)
+        offs, _, mask = places(base, 0, vocab, GROUP, WHOLE)
         here = tl.min(tl.where(mask & (y == m_t), offs, vocab), axis=1)
         found = tl.minimum(found, here.to(tl.int32))
     return tl.min(found, axis=0)
@@ -124,7 +124,7 @@ def pair_gradient(
     from_p, from_pt, from_u, at_label, at_zero = constants
     for start in range(0, vocab, LANES * GROUP):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
-        offs, mask = places(base, vocab, GROUP, WHOLE)
+        offs, _, mask = places(base, 0, vocab, GROUP, WHOLE)
         y, y_t, x = load_pair(
             s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, WHOLE
         )  # fmt: skip
@@ -164,12 +164,12 @@ def run_pair(
     at = tl.where(is_bad, 0, label).to(tl.int32)
     x_label, bias_label = tl.load(x_ptr + at).to(tl.float32), load_or(bias_ptr, at, 0.0)
     sums = sum_row(
-        x_ptr, vocab, bias_ptr, None, sign, inner, slope * LOG2_E, BENDS, True, False, False,
-        LANES, GROUP, WHOLE,
+        x_ptr, 0, vocab, bias_ptr, None, sign, inner, slope * LOG2_E, BENDS, True, False, False,
+        LANES, GROUP, WHOLE, False,
     )  # fmt: skip
     sums_t = sum_row(
-        xt_ptr, vocab, bias_t_ptr, None, sign_t, inner_t, slope_t * LOG2_E, BENDS_T, True, False,
-        False, LANES, GROUP, WHOLE,
+        xt_ptr, 0, vocab, bias_t_ptr, None, sign_t, inner_t, slope_t * LOG2_E, BENDS_T, True,
+        False, False, LANES, GROUP, WHOLE, False,
     )  # fmt: skip
     d, log_d = normaliser(sums)
     d_t, log_d_t = normaliser(sums_t)
@@ -266,7 +266,7 @@ def distill_kernel(
             for k in tl.static_range(len(CODES) // 2):
                 tl.store(outputs[1] + k * stride_values + row, 0.0)
             if HAS_GRAD:
-                zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
+                zero_row(g_ptr, 0, vocab, LANES, GROUP, WHOLE)
 
 
 def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, outputs, grad_scale=None):

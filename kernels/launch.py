@@ -27,6 +27,16 @@ def alignment(*tensors) -> int:
     return next(u for u in (16, 8, 4, 2, 1) if not any(x.stride(0) % u for x in given))
 
 
+def shifts(group: int, *tensors) -> bool:
+    """Whether rows start off multiples of `group` elements (16 bytes), all in the same way: then
+    groups are cut at those multiples, and not at the rows' starts.
+    """
+    given = [x for x in tensors if x is not None]
+    aligned = not any(x.data_ptr() % 16 for x in given)
+    alike = len({(x.stride(0), x.element_size()) for x in given}) == 1
+    return aligned and alike and given[0].stride(0) % group != 0 and given[0].shape[0] > 1
+
+
 def row_programs(logits: torch.Tensor, config: RowConfig) -> int:
     """Programs for these rows: as many as L2 keeps; in the interpreter one per row."""
     rows, vocab = logits.shape

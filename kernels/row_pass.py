@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from pyoffline.kernels.configs import FMA, row_config
-from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
+from pyoffline.kernels.launch import alignment, device_of, row_programs, shifts, warp_size
 from pyoffline.kernels.objective_functions import product
 from pyoffline.kernels.row_finish import (
     checked_label,
@@ -48,16 +48,16 @@ def gradient_constants(coefs, stats, factor, vocab, mean_u, u_label, damp_label)
 
 @triton.jit
 def gradient_tile(
-    x_ptr, g_ptr, base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
+    x_ptr, g_ptr, base, label, constants, sums, low, high, bias_ptr, class_weight_ptr,
     sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
     NARROWS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of dlogits."""
+    """Write one tile of dlogits; label: its place, counted as the tiles are."""
     from_p, from_pt, from_u, at_label, at_zero = constants
-    offs, mask = places(base, vocab, GROUP, WHOLE)
+    offs, _, _ = places(base, low, high, GROUP, WHOLE)
     y = load_y(
-        x_ptr, base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, WHOLE
+        x_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, WHOLE
     )  # fmt: skip
     dy = y - sums[0]
     e = tl.exp2(dy * slope2)
@@ -70,7 +70,7 @@ def gradient_tile(
         if class_weight_ptr is None:
             dz = dz - from_u
         else:
-            u = load_u(class_weight_ptr, base, vocab, True, MASKED, GROUP, WHOLE)
+            u = load_u(class_weight_ptr, base, low, high, True, MASKED, GROUP, WHOLE)
             dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
     if BENDS:
         damp = 1.0 - y * y
@@ -79,46 +79,68 @@ def gradient_tile(
     if NARROWS:  # the tile's gradient lies over logits of this tile: all are read before
         tl.debug_barrier()
     if MASKED:
-        tl.store(g_ptr + offs, dz, mask=mask)
+        store_groups(g_ptr, base, dz, low, high, GROUP, WHOLE)
     else:
         tl.store(g_ptr + offs, dz)
 
 
 @triton.jit
+def store_groups(g_ptr, base, values, low, high, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+    """Store what lies in the row: whole groups as 16 bytes, cut ones entry by entry."""
+    offs, group, inside = places(base, low, high, GROUP, WHOLE)
+    if WHOLE:
+        tl.store(g_ptr + offs, values, mask=group)
+    else:
+        whole = (base >= low) & (base + GROUP <= high)
+        tl.store(g_ptr + offs, values, mask=whole)
+        tl.store(g_ptr + offs, values, mask=inside & (whole == 0))
+
+
+@triton.jit
 def gradient_row(
-    x_ptr, g_ptr, label, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
+    x_ptr, g_ptr, label, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner,
+    slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
     NARROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """Second sweep of a row, tiles in ascending order."""
     BLOCK: tl.constexpr = LANES * GROUP
     base = tl.arange(0, LANES)[:, None] * GROUP
-    full = (vocab // BLOCK) * BLOCK
-    for start in range(0, full, BLOCK):
+    first = 0
+    if SHIFTS:
         gradient_tile(
-            x_ptr, g_ptr, start + base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
-            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False, GROUP,
-            WHOLE,
+            x_ptr, g_ptr, base, label, constants, sums, low, high, bias_ptr, class_weight_ptr,
+            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP, WHOLE,
         )  # fmt: skip
-    if full < vocab:
+        first = BLOCK
+    full = (high // BLOCK) * BLOCK
+    if SHIFTS:
+        full = tl.maximum(full, BLOCK)
+    for start in range(first, full, BLOCK):
         gradient_tile(
-            x_ptr, g_ptr, full + base, label, constants, sums, vocab, bias_ptr, class_weight_ptr,
-            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP,
-            WHOLE,
+            x_ptr, g_ptr, start + base, label, constants, sums, low, high, bias_ptr,
+            class_weight_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False,
+            GROUP, WHOLE,
+        )  # fmt: skip
+    if full < high:
+        gradient_tile(
+            x_ptr, g_ptr, full + base, label, constants, sums, low, high, bias_ptr,
+            class_weight_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True,
+            GROUP, WHOLE,
         )  # fmt: skip
 
 
 @triton.jit
 def zero_row(
-    g_ptr, vocab, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr
+    g_ptr, low, high, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
     """An exact 0 over the row, whatever it held."""
     BLOCK: tl.constexpr = LANES * GROUP
     zero = tl.zeros([LANES, GROUP], g_ptr.dtype.element_ty)
-    for start in range(0, vocab, BLOCK):
+    for start in range(0, high, BLOCK):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
-        offs, mask = places(base, vocab, GROUP, WHOLE)
-        tl.store(g_ptr + offs, zero, mask=mask)
+        store_groups(g_ptr, base, zero, low, high, GROUP, WHOLE)
 
 
 @triton.jit
@@ -149,9 +171,11 @@ def row_pass_kernel(
     CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
     WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
     UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """Strides in units of UNIT elements, so that the compiler knows the alignment of every row.
-    head: softcap, logit_scale, temperature.
+    SHIFTS: rows start anywhere; they are read from the multiple of GROUP before. head: softcap,
+    logit_scale, temperature.
     """
     HAS_GRAD: tl.constexpr = dlogits_ptr is not None
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -162,42 +186,52 @@ def row_pass_kernel(
         if coefs_ptr is not None:
             a, b, c, e = coefs
             counted = counted & ((a != 0.0) | (b != 0.0) | (c != 0.0) | (e != 0.0))
-        x_ptr = logits_ptr + tl.cast(row, tl.int64) * stride_logits * UNIT
+        start = tl.cast(row, tl.int64) * stride_logits * UNIT
+        low = 0
+        if SHIFTS:
+            low = (start % GROUP).to(tl.int32)
+            start = start // GROUP * GROUP
+        x_ptr = logits_ptr + start
         if HAS_GRAD:
-            g_ptr = dlogits_ptr + tl.cast(row, tl.int64) * stride_dlogits * UNIT
+            start = tl.cast(row, tl.int64) * stride_dlogits * UNIT
+            if SHIFTS:
+                start = start // GROUP * GROUP
+            g_ptr = dlogits_ptr + start
         if counted:
             run_row(
-                x_ptr, g_ptr if HAS_GRAD else None, row, label, weight, coefs, vocab,
+                x_ptr, g_ptr if HAS_GRAD else None, row, label, weight, coefs, low, vocab,
                 given_ptrs, gate_ptrs, temperature_ptr, bias_ptr, class_weight_ptr, sum_u_ptr,
                 grad_scale_ptr, head, hyper, outputs, stride_coefs, flag_ptr, coefs_ptr is not None,
                 CODES, BENDS, SIGNED, WANT_PT, WANT_U, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
+                SHIFTS,
             )  # fmt: skip
         else:
             zeros = (0.0, 0.0, 0.0, 0.0)
             write_row(outputs, row, stride_coefs, (0.0, 0.0, 0.0, 0.0, False, 0.0), 0.0, zeros)
             if HAS_GRAD:
-                zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
+                zero_row(g_ptr, low, low + vocab, LANES, GROUP, WHOLE)
 
 
 @triton.jit
 def run_row(
-    x_ptr, g_ptr, row, label, weight, coefs, vocab, given_ptrs, gate_ptrs, temperature_ptr,
+    x_ptr, g_ptr, row, label, weight, coefs, low, vocab, given_ptrs, gate_ptrs, temperature_ptr,
     bias_ptr, class_weight_ptr, sum_u_ptr, grad_scale_ptr, head, hyper, outputs, stride_coefs,
     flag_ptr, GIVEN: tl.constexpr, CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
     WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
-    """One row that counts."""
+    """One row that counts: entries low to low + vocab from x_ptr."""
+    high = low + vocab
     sign, inner, slope = row_transform(head, temperature_ptr, row, BENDS)
     slope2 = slope * LOG2_E
     at, poison = checked_label(label, vocab, row, flag_ptr)
 
     # before the barriers of sum_row: another warp may overwrite this logit right after them
-    x_label = tl.load(x_ptr + at).to(tl.float32)
+    x_label = tl.load(x_ptr + low + at).to(tl.float32)
     bias_label = load_or(bias_ptr, at, 0.0)
     sums = sum_row(
-        x_ptr, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
-        BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
+        x_ptr, low, high, bias_ptr, class_weight_ptr, sign, inner, slope2,
+        BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE, SHIFTS,
     )  # fmt: skip
     y_label = bent(x_label, bias_label, sign, inner, bias_ptr is not None, BENDS, SIGNED) + poison
     sum_u = load_or(sum_u_ptr, 0, vocab * 1.0)
@@ -217,7 +251,7 @@ def run_row(
     write_row(outputs, row, stride_coefs, stats, loss, (a, b, c, e))
     if g_ptr is not None:
         if (a == 0.0) & (b == 0.0) & (c == 0.0) & (e == 0.0):
-            zero_row(g_ptr, vocab, LANES, GROUP, WHOLE)
+            zero_row(g_ptr, low, high, LANES, GROUP, WHOLE)
         else:
             factor = weight * load_or(grad_scale_ptr, 0, 1.0) * head[1]
             factor = factor / load_or(temperature_ptr, row, head[2])
@@ -232,11 +266,11 @@ def run_row(
             at_label = tl.where(is_nan, float("nan"), at_label)
             constants = (from_p, from_pt * slope, from_u, at_label, at_zero)
             gradient_row(
-                x_ptr, g_ptr, at, constants, sums, vocab, bias_ptr, class_weight_ptr, sign, inner,
-                slope2, BENDS, SIGNED, WANT_PT, WANT_U,
+                x_ptr, g_ptr, low + at, constants, sums, low, high, bias_ptr, class_weight_ptr,
+                sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U,
                 g_ptr.dtype.element_ty.primitive_bitwidth
                 < x_ptr.dtype.element_ty.primitive_bitwidth,
-                LANES, GROUP, WHOLE,
+                LANES, GROUP, WHOLE, SHIFTS,
             )  # fmt: skip
 
 
@@ -252,7 +286,9 @@ def row_pass(
     count, vocab = logits.shape
     if count == 0:
         return
-    config = config or row_config(vocab, logits.element_size(), warp_size(logits.device))
+    size = logits.element_size()
+    is_shifted = shifts(16 // size, logits, dlogits)
+    config = config or row_config(vocab, size, warp_size(logits.device), is_shifted)
     terms = rows.codes[0::3]
     given = rows.coefs is not None
     reads_entropy, reads_gap = TABLE["entropy_term"].code in terms, TABLE["smoothing"].code in terms
@@ -274,6 +310,7 @@ def row_pass(
             SIGNED=LIFTED.value if is_lifted else negative,
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
             WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
-            UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,
+            UNIT=unit, LANES=config.lanes, GROUP=config.group,
+            WHOLE=vocab % config.group == 0 and not is_shifted, SHIFTS=is_shifted,
             num_warps=config.warps, **FMA,
         )  # fmt: skip

@@ -40,57 +40,61 @@ def bent(x, bias, sign, inner, HAS_BIAS: tl.constexpr, BENDS: tl.constexpr, SIGN
 
 
 @triton.jit
-def places(base, vocab, GROUP: tl.constexpr, WHOLE: tl.constexpr):
-    """(offsets [R, GROUP], mask) of the groups that start at base [R, 1]. WHOLE: V is a multiple of
-    GROUP, so a group is inside or outside as a whole and stays one 16-byte access.
+def places(base, low, high, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+    """(offsets [R, GROUP], mask of groups [R, 1], mask of entries) of the groups that start at base
+    [R, 1], for a row from `low` to `high`. A group that holds any entry of the row may be read as
+    one 16-byte access: it lies where that entry's page lies. WHOLE: all of a group is in the row or
+    none.
     """
     offs = base + tl.arange(0, GROUP)[None, :]
     if WHOLE:
-        mask = base < vocab
+        group = base < high
+        inside = group
     else:
-        mask = offs < vocab
-    return offs, mask
+        group = (base + GROUP > low) & (base < high)
+        inside = (offs >= low) & (offs < high)
+    return offs, group, inside
 
 
 @triton.jit
 def load_y(
-    row_ptr, base, vocab, bias_ptr, sign, inner,
+    row_ptr, base, low, high, bias_ptr, sign, inner,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
     GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """y of the groups that start at base [R, 1], -inf past the row's end."""
-    offs, mask = places(base, vocab, GROUP, WHOLE)
+    """y of the groups that start at base [R, 1], -inf outside the row."""
+    offs, group, inside = places(base, low, high, GROUP, WHOLE)
     bias = 0.0
     if MASKED:
-        x = tl.load(row_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(row_ptr + offs, mask=group, other=0.0).to(tl.float32)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs, mask=mask, other=0.0)
+            bias = tl.load(bias_ptr + offs - low, mask=inside, other=0.0)
         y = bent(x, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
-        y = tl.where(mask, y, float("-inf"))
+        y = tl.where(inside, y, float("-inf"))
     else:
         x = tl.load(row_ptr + offs).to(tl.float32)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs)
+            bias = tl.load(bias_ptr + offs - low)
         y = bent(x, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
     return y
 
 
 @triton.jit
 def load_u(
-    class_weight_ptr, base, vocab,
+    class_weight_ptr, base, low, high,
     WANTED: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Class weights there, or 1; 0 past the end, and where nobody wants them."""
-    offs, mask = places(base, vocab, GROUP, WHOLE)
+    """Class weights there, or 1; 0 outside the row, and where nobody wants them."""
+    offs, _, inside = places(base, low, high, GROUP, WHOLE)
     if not WANTED:
         u = 0.0
     elif class_weight_ptr is not None:
         if MASKED:
-            u = tl.load(class_weight_ptr + offs, mask=mask, other=0.0)
+            u = tl.load(class_weight_ptr + offs - low, mask=inside, other=0.0)
         else:
-            u = tl.load(class_weight_ptr + offs)
+            u = tl.load(class_weight_ptr + offs - low)
     elif MASKED:
-        u = tl.where(offs < vocab, 1.0, 0.0)
+        u = tl.where((offs >= low) & (offs < high), 1.0, 0.0)
     else:
         u = tl.where(offs >= 0, 1.0, 0.0)
     return u
@@ -121,17 +125,17 @@ def fold(y, u, state, slope2, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr):
 
 @triton.jit
 def sum_lane(
-    row_ptr, lane, vocab, m, bias_ptr, sign, inner, slope2,
+    row_ptr, lane, low, high, m, bias_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(ones, tail, tail of squares) of one lane of the row: entries equal to m, and the rest."""
     tiles = tl.arange(0, LANE_ROUND)[:, None]
     ones, tail, squares = 0.0, 0.0, 0.0
-    for first in range(0, tl.cdiv(vocab, LANES * GROUP), LANE_ROUND):
+    for first in range(0, tl.cdiv(high, LANES * GROUP), LANE_ROUND):
         base = ((first + tiles) * LANES + lane) * GROUP
         y = load_y(
-            row_ptr, base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
+            row_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
         )  # fmt: skip
         is_top = y == m
         e = tl.where(is_top, 0.0, tl.exp2((y - m) * slope2))
@@ -142,29 +146,65 @@ def sum_lane(
 
 
 @triton.jit
-def sum_row(
-    row_ptr, vocab, bias_ptr, class_weight_ptr, sign, inner, slope2,
+def fold_tile(
+    row_ptr, base, low, high, state, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row, in units of y."""
+    """Read a tile and add it."""
+    y = load_y(
+        row_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, WHOLE
+    )  # fmt: skip
+    u = load_u(class_weight_ptr, base, low, high, WANT_GAP, MASKED, GROUP, WHOLE)
+    return fold(y, u, state, slope2, WANT_P2, WANT_GAP)
+
+
+@triton.jit
+def sum_row(
+    row_ptr, low, high, bias_ptr, class_weight_ptr, sign, inner, slope2,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, SHIFTS: tl.constexpr,
+):  # fmt: skip
+    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row, in units of y. The row is
+    entries low to high from row_ptr, a multiple of 16 bytes; low is 0 unless SHIFTS.
+    """
     BLOCK: tl.constexpr = LANES * GROUP
     base = tl.arange(0, LANES)[:, None] * GROUP
     zero = tl.zeros([LANES], tl.float32)
     state = (zero + LOWEST, zero, zero, zero, zero, zero)
-    full = (vocab // BLOCK) * BLOCK
-    for start in range(0, full, BLOCK):
-        y = load_y(
-            row_ptr, start + base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, False, GROUP, WHOLE
+    first = 0
+    if SHIFTS:
+        state = fold_tile(
+            row_ptr, base, low, high, state, bias_ptr, class_weight_ptr, sign, inner, slope2,
+            BENDS, SIGNED, WANT_P2, WANT_GAP, True, GROUP, WHOLE,
         )  # fmt: skip
-        u = load_u(class_weight_ptr, start + base, vocab, WANT_GAP, False, GROUP, WHOLE)
-        state = fold(y, u, state, slope2, WANT_P2, WANT_GAP)
-    if full < vocab:
-        y = load_y(
-            row_ptr, full + base, vocab, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
+        first = BLOCK
+    full = (high // BLOCK) * BLOCK
+    if SHIFTS:
+        full = tl.maximum(full, BLOCK)
+    for start in range(first, full, BLOCK):
+        state = fold_tile(
+            row_ptr, start + base, low, high, state, bias_ptr, class_weight_ptr, sign, inner,
+            slope2, BENDS, SIGNED, WANT_P2, WANT_GAP, False, GROUP, WHOLE,
         )  # fmt: skip
-        u = load_u(class_weight_ptr, full + base, vocab, WANT_GAP, True, GROUP, WHOLE)
-        state = fold(y, u, state, slope2, WANT_P2, WANT_GAP)
+    if full < high:
+        state = fold_tile(
+            row_ptr, full + base, low, high, state, bias_ptr, class_weight_ptr, sign, inner,
+            slope2, BENDS, SIGNED, WANT_P2, WANT_GAP, True, GROUP, WHOLE,
+        )  # fmt: skip
+    return join_lanes(
+        row_ptr, low, high, state, bias_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_P2, WANT_GAP,
+        LANES, GROUP, WHOLE,
+    )  # fmt: skip
+
+
+@triton.jit
+def join_lanes(
+    row_ptr, low, high, state, bias_ptr, sign, inner, slope2,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The lanes' sums as the row's; the lane of the maximum is read again."""
     m_lane, d, s, q, ut, us = state
     lanes = tl.arange(0, LANES)
     m = tl.max(m_lane, axis=0)
@@ -172,7 +212,7 @@ def sum_row(
     step = tl.where(d == 0.0, 0.0, m_lane - m)
     r = tl.exp2(step * slope2)
     ones, tail, squares = sum_lane(
-        row_ptr, best, vocab, m, bias_ptr, sign, inner, slope2, BENDS, SIGNED, LANES, GROUP,
+        row_ptr, best, low, high, m, bias_ptr, sign, inner, slope2, BENDS, SIGNED, LANES, GROUP,
         WHOLE,
     )  # fmt: skip
     other = lanes != best

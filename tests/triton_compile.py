@@ -58,9 +58,12 @@ COMPOSED = po.PPOClip() + 0.04 * po.KL("k3", "old") - 1e-3 * po.Entropy()
 FLOAT = "*fp32"
 
 
-def _row_pass(dtype, chip, objective=None, grad=None, coefs=False, stats=True, options=()):
-    """(kernel, arguments, options) of a row pass on 151,936 logits."""
-    config = row_config(151_936, DTYPES[dtype], chip.warp_size)
+def _row_pass(dtype, chip, objective=None, grad=None, coefs=False, stats=True, options=(), unit=16):
+    """(kernel, arguments, options) of a row pass on 151,936 logits; unit: rows start at multiples
+    of so many elements.
+    """
+    shifted = unit * DTYPES[dtype] < 16
+    config = row_config(151_936, DTYPES[dtype], chip.warp_size, shifted)
     program = objective.program(False) if objective else None
     codes = tuple(program.codes) if program else ()
     terms, reads = codes[0::3], program.reads if program else ()
@@ -92,10 +95,11 @@ def _row_pass(dtype, chip, objective=None, grad=None, coefs=False, stats=True, o
         "WANT_U": coefs or 28 in terms,
         "WANT_P2": stats,
         "WANT_GAP": 28 in terms,
-        "UNIT": 16,
+        "UNIT": unit,
         "LANES": config.lanes,
         "GROUP": config.group,
-        "WHOLE": True,
+        "WHOLE": not shifted,
+        "SHIFTS": shifted,
     }
     return row_pass_kernel, args, {"num_warps": config.warps}
 
@@ -233,6 +237,10 @@ def variants():
     out["row_pass ppo+kl+entropy fp32 to bf16"] = lambda c: _row_pass(
         "fp32", c, COMPOSED, grad="bf16"
     )
+    for d in ("bf16", "fp32"):
+        out[f"row_pass ppo+kl+entropy shifted {d}"] = lambda c, d=d: _row_pass(
+            d, c, COMPOSED, grad=d, unit=1
+        )
     head = ("bias", "softcap", "temperature")
     out["row_pass all of the head bf16"] = lambda c: _row_pass(
         "bf16", c, COMPOSED, grad="bf16", options=head

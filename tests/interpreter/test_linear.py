@@ -14,6 +14,7 @@ import torch
 from compare import check_forward, check_gradient, same_bits
 
 import pyoffline as po
+from pyoffline.calls import Rows
 from pyoffline.kernels import row_pass as kernel
 from pyoffline.kernels.configs import RowConfig
 
@@ -25,7 +26,7 @@ OUTPUTS = ("logps", "entropy", "lse", "log_sum_p2")
 def small_tiles(monkeypatch):
     """Tiles of 32 logits: every row has several, and a tail."""
     monkeypatch.setattr(
-        kernel, "row_config", lambda vocab, itemsize, warp=32: RowConfig(8, 4, 4, 1)
+        kernel, "row_config", lambda *_: RowConfig(8, 4, 4, 1)
     )
 
 
@@ -134,6 +135,46 @@ def test_N1_hard_rows(vocab, names, monkeypatch):
     lonely = list(rows).index("lonely")
     rest = (vocab - 1) * math.exp(-40.0)  # fp64 log_softmax itself loses this
     assert abs(logits.grad[lonely, 7].item() - rest) <= 1e-5 * rest
+
+
+SMOOTHED = po.NLL(label_smoothing=0.1) - 0.1 * po.Entropy()
+
+
+def on_rows(logits, labels, stride, options):
+    """(dlogits, outputs, what lies between the rows) of the row pass on rows `stride` apart."""
+    n, vocab = logits.shape
+    program = SMOOTHED.program(False)
+    rows = Rows(labels, torch.ones(n), codes=program.codes, hyper=program.hyper, **options)
+    source, target = torch.full((2, n, stride), math.nan).to(logits.dtype)
+    source[:, :vocab] = logits
+    out = [torch.full((n,), math.nan) for _ in range(5)]
+    out = (*out, torch.zeros(n, dtype=torch.uint8), torch.full((n,), math.nan), None)
+    flag = torch.zeros(2, dtype=torch.int64)
+    config = RowConfig(8, 16 // logits.element_size(), 4, 1)
+    kernel.row_pass(source[:, :vocab], target[:, :vocab], rows, out, flag, config=config)
+    return target[:, :vocab], out[:-1], target[:, vocab:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=batches.dtype_name)
+@pytest.mark.parametrize("vocab", [1, 33, 130])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_N7_rows_that_start_anywhere_equal_aligned_ones(gap, vocab, dtype):
+    """Nine rows have every place within 16 bytes; NaN lies between them, and nothing is written
+    there. One row does not count, one label is the last entry.
+    """
+    g = torch.Generator().manual_seed(vocab)
+    logits = (3 * torch.randn(9, vocab, generator=g)).to(dtype)
+    labels = torch.randint(0, vocab, (9,), generator=g)
+    labels[2], labels[4], labels[5] = -100, vocab - 1, 0
+    options = {"bias": torch.randn(vocab, generator=g), "class_weight": torch.rand(vocab)}
+    got, stats, between = on_rows(logits, labels, vocab + gap, options)
+    want, bar, _ = on_rows(logits, labels, -(-vocab // 16) * 16, options)
+    assert between.isnan().all()
+    assert (got[2] == 0).all()
+    ulp = 3e-6 if dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(got, want, atol=1e-7, rtol=ulp)
+    for a, b in zip(stats, bar, strict=True):
+        torch.testing.assert_close(a, b, atol=3e-6, rtol=3e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
