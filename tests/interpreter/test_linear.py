@@ -17,6 +17,7 @@ import pyoffline as po
 from pyoffline.calls import Rows
 from pyoffline.kernels import row_pass as kernel
 from pyoffline.kernels.configs import RowConfig
+from pyoffline.kernels.launch import shifts
 
 COMPOSED = po.PPOClip() + 0.1 * po.KL("k3") - 0.01 * po.Entropy() + 1e-3 * po.ZLoss()
 OUTPUTS = ("logps", "entropy", "lse", "log_sum_p2")
@@ -25,9 +26,7 @@ OUTPUTS = ("logps", "entropy", "lse", "log_sum_p2")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 32 logits: every row has several, and a tail."""
-    monkeypatch.setattr(
-        kernel, "row_config", lambda *_: RowConfig(8, 4, 4, 1)
-    )
+    monkeypatch.setattr(kernel, "row_config", lambda *_: RowConfig(8, 4, 4, 1))
 
 
 def compare(batch, objective, chunk=None, upstream=1.0):
@@ -145,8 +144,11 @@ def on_rows(logits, labels, stride, options):
     n, vocab = logits.shape
     program = SMOOTHED.program(False)
     rows = Rows(labels, torch.ones(n), codes=program.codes, hyper=program.hyper, **options)
-    source, target = torch.full((2, n, stride), math.nan).to(logits.dtype)
+    # each at the start of its own memory, or groups would not be cut
+    source, target = (torch.full((n, stride), math.nan, dtype=logits.dtype) for _ in range(2))
     source[:, :vocab] = logits
+    group = 16 // logits.element_size()
+    assert shifts(group, source, target) == (stride % group != 0)
     out = [torch.full((n,), math.nan) for _ in range(5)]
     out = (*out, torch.zeros(n, dtype=torch.uint8), torch.full((n,), math.nan), None)
     flag = torch.zeros(2, dtype=torch.int64)
