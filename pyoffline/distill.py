@@ -93,7 +93,7 @@ def linear_distill_loss(
         flat.ignore_index,
         x.logits_dtype,
         x.needs,
-        pick(device.type, dtype, DISTILL),
+        pick(device.type, x.arithmetic, DISTILL),
         plan_list(),
         *flatten_teacher(teacher, shape, device, x.weight.shape[0], dtype),
         program.codes,

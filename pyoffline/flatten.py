@@ -57,6 +57,12 @@ class FlatHead:
     needs: int
 
     @property
+    def arithmetic(self) -> torch.dtype:
+        """What a backend must compute in: fp64 logits need fp64, whatever hidden is."""
+        fp64 = ops.DTYPES[self.logits_dtype] == torch.float64
+        return torch.float64 if fp64 else self.hidden.dtype
+
+    @property
     def linear(self):
         return (self.hidden, self.weight, self.bias, self.adapter_hidden, self.adapter_weight)
 

@@ -48,7 +48,7 @@ def linear_token_logps(
         ignore_index,
         x.logits_dtype,
         x.needs,
-        pick(device.type, x.hidden.dtype),
+        pick(device.type, x.arithmetic),
         plan_list(),
     )
     return TokenStats(*(s.reshape(shape) for s in stats))

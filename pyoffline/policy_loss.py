@@ -89,7 +89,7 @@ def linear_policy_loss(
             flat.ignore_index,
             x.logits_dtype,
             x.needs,
-            pick(device.type, x.hidden.dtype),
+            pick(device.type, x.arithmetic),
             plan_list(),
         )
         return _coupled_output(flat, program, result, shape)
@@ -112,7 +112,7 @@ def linear_policy_loss(
         flat.ignore_index,
         x.logits_dtype,
         x.needs,
-        pick(device.type, x.hidden.dtype),
+        pick(device.type, x.arithmetic),
         plan_list(tokens.n_valid),
     )
     return _output(flat, program, result[0], result[2:7], shape)
