@@ -35,7 +35,7 @@ def clip_metrics(flat, program, logps) -> dict[str, Tensor]:
     if at is None:
         return {}
     valid, (low, high) = flat.valid, program.hyper[at, 1:3].unbind()
-    count = valid.sum().to(logps.dtype).clamp(min=1.0)
+    count = valid.sum().clamp(min=1).to(logps.dtype)
     ratio = (logps - flat.old).exp()
     adv = torch.ones_like(logps) if flat.adv is None else flat.adv
     below, above = (ratio < 1.0 - low) & (adv < 0), (ratio > 1.0 + high) & (adv > 0)
