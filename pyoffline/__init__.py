@@ -12,6 +12,7 @@ from pyoffline import corrections as corrections
 from pyoffline import diagnostics as diagnostics
 from pyoffline import imitation as imitation
 from pyoffline import reward_models as reward_models
+from pyoffline.aggregate import GlobalCounts as GlobalCounts
 from pyoffline.aggregate import shift_labels as shift_labels
 from pyoffline.aggregate import token_weights as token_weights
 from pyoffline.backends import backends as backends

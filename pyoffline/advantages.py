@@ -128,7 +128,7 @@ def remax(rewards, greedy, mask=None):
     rewards [B] -> [B] (or [B, T] with such a mask); rewards [B, T] -> reward-to-go minus the
     baseline. greedy [B].
     """
-    if rewards.dim() == 2:
+    if isinstance(rewards, Tensor) and rewards.dim() == 2:
         tokens = _token_mask(mask)
         base = clean(greedy, _rows(tokens), "greedy")
         out = _returns(rewards, tokens, 1.0) - base[:, None]
@@ -178,7 +178,7 @@ def awr(rewards, values=None, mask=None, beta=1.0, cap=20.0):
     """
     _positive(beta, "beta")
     _positive(cap, "cap", infinite=True)
-    tokens = rewards.dim() == 2
+    tokens = isinstance(rewards, Tensor) and rewards.dim() == 2
     valid = _token_mask(mask) if tokens else _valid(rewards, mask)
     gain = clean(rewards, valid, "rewards")
     if values is not None:

@@ -41,6 +41,34 @@ def labels(x, shape, device) -> Tensor:
     return x.long()
 
 
+def integer(name: str, x):
+    """`x` is an int (under tracing: a symbolic one)."""
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {type(x).__name__} {x!r}")
+    return x
+
+
+def temperatures(name: str, x: Tensor | None, counted: Tensor) -> None:
+    """Positive where a row counts (on a CPU; a GPU is not asked). A NaN is left to show itself."""
+    if x is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = counted & (x <= 0)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected numbers > 0, row {row} holds {float(x[row])}; 1.0 changes nothing"
+        )
+
+
+def gate_name(x) -> str:
+    """`x` can name an extra tensor: the ops take the names as one comma-separated string."""
+    if not isinstance(x, str):
+        raise TypeError(f"expected the name of an extra tensor, got {x!r}")
+    if not x or "," in x:
+        raise ValueError(f"extra[{x!r}]: expected a name, not empty and without a comma")
+    return x
+
+
 def same_device(name: str, x: Tensor, device) -> None:
     """`x` lies on `device`."""
     if x.device != device:

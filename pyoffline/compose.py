@@ -9,6 +9,7 @@ Objectives are frozen dataclasses; their coefficients add per row. Not here: the
 import math
 from dataclasses import dataclass, fields
 
+from pyoffline import checks
 from pyoffline.coupled_table import COUPLED
 from pyoffline.objectives import TABLE, Term, snake_case
 from pyoffline.program import Program, compile_terms
@@ -56,9 +57,7 @@ class Objective:
 
     def weighted_by(self, name: str) -> "Objective":
         """Multiply this term, per token, by `tokens.extra[name]`."""
-        if not isinstance(name, str):
-            raise TypeError(f"weighted_by expects the name of an extra tensor, got {name!r}")
-        return _Scaled(self, 1.0, name)
+        return _Scaled(self, 1.0, checks.gate_name(name))
 
 
 @dataclass(frozen=True)

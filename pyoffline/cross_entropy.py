@@ -78,7 +78,9 @@ def _normaliser(labels, of_label, ignore_index, reduction, dtype) -> Tensor:
     if reduction == "sum":
         return counted
     total = (counted if of_label is None else counted * of_label).sum()
-    return torch.where(total > 0, counted / total, torch.zeros_like(counted))
+    # an inf total would divide to 0 and hide itself
+    total = torch.where(total.isfinite(), total, torch.nan)
+    return torch.where((total != 0) & (counted != 0), counted / total, torch.zeros_like(counted))
 
 
 def _of_label(class_weight, labels, ignore_index) -> list[Tensor]:
@@ -103,7 +105,7 @@ def cross_entropy(
     z_loss: float = 0.0,
 ) -> Tensor:
     """`F.cross_entropy(softcap * tanh(input / softcap), target, ...) + z_loss * mean(lse**2)`, in
-    fp32.
+    fp32. Both means divide by the same sum: of the class weights of the targets that count.
 
     Never writes `input`. Allocates its gradient, formed in the forward (recomputed for
     reduction="none"). All targets ignored: 0 (torch gives NaN). Class probabilities as targets
@@ -113,6 +115,7 @@ def cross_entropy(
     if input.dim() == 0:
         raise ValueError("input: expected at least one dimension, got a 0-d tensor")
     reduction = _reduction(reduction, size_average, reduce)
+    checks.integer("ignore_index", ignore_index)
     last = input.movedim(1, -1) if input.dim() > 2 else input
     classes, shape = last.shape[-1], last.shape[:-1]
     if softcap is not None:
@@ -163,7 +166,7 @@ def linear_cross_entropy(
             "po.chunk_rows(n)"
         )
     reduction = _reduction(reduction, None, None)
-    ignore_index = -100 if ignore_index is None else ignore_index
+    ignore_index = -100 if ignore_index is None else checks.integer("ignore_index", ignore_index)
     x = flatten_head(input, Head(linear_weight, linear_bias, softcap=softcap).tensors())
     shape, classes, device = input.shape[:-1], linear_weight.shape[0], input.device
     labels = _targets(target, shape, device, classes)

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyoffline import checks
 from pyoffline.compose import Objective
 from pyoffline.objectives import CUSTOM_TERMS, MAX_PARAMS, REGISTRY, Term
 
 _SCALARS = ("logp", "entropy", "lse")
 _TOKEN_INPUTS = ("old", "mu", "ref", "adv")
+# Samples are negative, as log-probs are; entropies are positive, advantages and lse of both signs.
+_MIXED = torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
+_SIGNS = {"entropy": -1.0, "adv": _MIXED, "lse": _MIXED}
 
 
 class TokenView:
@@ -58,7 +62,7 @@ class _Recorder:
             )
         seen = self.__dict__["_seen"]
         if name not in seen:
-            seen[name] = _sample(self.__dict__["_n"], len(name))
+            seen[name] = _sample(self.__dict__["_n"], len(name)) * _SIGNS.get(name, 1.0)
         return seen[name]
 
 
@@ -170,7 +174,7 @@ def _check_per_token(fn, name, view, n) -> None:
     for some in (torch.arange(3), torch.tensor([n - 1, 1, n - 3])):
         alone = fn(view(some))
         if alone.shape != some.shape or not torch.allclose(
-            alone, loss[some], rtol=1e-9, atol=1e-12
+            alone, loss[some], rtol=1e-9, atol=1e-12, equal_nan=True
         ):
             raise ValueError(
                 f"custom objective {name!r} mixes tokens: the loss of three tokens changed when "
@@ -181,9 +185,14 @@ def _check_per_token(fn, name, view, n) -> None:
 def _check_closed_form(closed_form, traced, name, view, args) -> None:
     got = closed_form(view(slice(None)))
     want = traced(*args)
+    if not isinstance(got, tuple | list) or len(got) != len(want):
+        raise ValueError(
+            f"custom objective {name!r}: the closed form returns (loss, dL/dlogp, dL/dentropy, "
+            f"dL/dlse), got {len(got) if isinstance(got, tuple | list) else type(got).__name__}"
+        )
     for label, g, w in zip(("loss", "a", "b", "c"), got, want, strict=True):
         g = torch.as_tensor(g, dtype=w.dtype).expand_as(w)
-        if not torch.allclose(g, w, rtol=1e-6, atol=1e-9):
+        if not torch.allclose(g, w, rtol=1e-6, atol=1e-9, equal_nan=True):
             raise ValueError(
                 f"custom objective {name!r}: the closed form of {label} differs from autograd by "
                 f"{(g - w).abs().max().item():.3e}"
@@ -221,7 +230,7 @@ def custom(
     fn(recorder)
     seen = recorder.__dict__["_seen"]
     reads = tuple(x for x in _TOKEN_INPUTS if x in seen)
-    extras = tuple(recorder.extra)
+    extras = tuple(checks.gate_name(x) for x in recorder.extra)
     args = [getattr(recorder, s) for s in _SCALARS] + [seen[r] for r in reads]
     args += [recorder.extra[x] for x in extras] + list(tensors.values())
 
@@ -274,7 +283,7 @@ def ShapedIS(f: Callable[[Tensor], Tensor]) -> CustomObjective:  # noqa: N802  a
     """
 
     def shaped_is(t):
-        shape = f(torch.exp(t.logp.detach() - t.mu))
-        return -torch.where(t.adv == 0, torch.zeros_like(shape), shape * t.adv) * t.logp
+        shaped = f(torch.exp(t.logp.detach() - t.mu)) * t.adv
+        return -torch.where(t.adv == 0, 0.0, shaped) * t.logp
 
     return custom(shaped_is)

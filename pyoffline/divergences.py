@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyoffline import checks
 from pyoffline.compose import Objective, check_floats
 from pyoffline.divergence_math import DIVERGENCES
 from pyoffline.objectives import Term, snake_case
@@ -108,8 +109,7 @@ class Divergence:
 
     def weighted_by(self, name: str) -> "Divergence":
         """Multiply, per token, by `tokens.extra[name]`."""
-        if not isinstance(name, str):
-            raise TypeError(f"weighted_by expects the name of an extra tensor, got {name!r}")
+        checks.gate_name(name)
         terms, objective = self.parts()
         twice = next((t for t in terms if t.gate), None)
         if twice is not None:

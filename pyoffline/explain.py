@@ -95,6 +95,9 @@ def explain(
     for name, value in (("n_tokens", n_tokens), ("hidden", hidden), ("vocab", vocab)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"explain: {name} must be a positive integer, got {value!r}")
+    for name, value in (("dtype", dtype), ("teacher", teacher)):
+        if not (isinstance(value, torch.dtype) or (name == "teacher" and value is None)):
+            raise TypeError(f"explain: {name} must be a torch.dtype, got {value!r}")
     size, beside = dtype.itemsize, 0 if teacher is None else teacher.itemsize
     plan = plan_chunks(n_tokens, vocab, size + beside, current_settings(), device)
     rows = plan.rows if plan.padded else min(plan.rows, n_tokens)

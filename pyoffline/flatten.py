@@ -5,6 +5,7 @@ The only place where the shapes of the public API are interpreted. A tensor that
 an error that names it. Not here: any loss.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from pyoffline import checks, ops
 from pyoffline.calls import stats_dtype
 from pyoffline.compose import Objective
+from pyoffline.coupled_units import check_sequence_ids
 from pyoffline.flatten_coupled import check_sequences_read
 from pyoffline.head import HeadTensors
 from pyoffline.program import Program
@@ -53,6 +55,12 @@ class FlatHead:
     scalars: Tensor
     logits_dtype: int
     needs: int
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """What a backend must compute in: fp64 logits need fp64, whatever hidden is."""
+        fp64 = ops.DTYPES[self.logits_dtype] == torch.float64
+        return torch.float64 if fp64 else self.hidden.dtype
 
     @property
     def linear(self):
@@ -120,7 +128,16 @@ def _advantages(tokens: TokenBatch, shape, device, dtype) -> Tensor | None:
     checks.floating("advantages", x)
     checks.same_device("advantages", x, device)
     if x.dim() == 1 and tokens.sequence_ids is not None:
-        return x.detach().to(dtype)[tokens.sequence_ids.reshape(-1).long()]
+        ids = tokens.sequence_ids.reshape(-1).long()
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            check_sequence_ids(ids)
+            count = int(ids[-1]) + 1 if ids.numel() else 0
+            if x.shape[0] != count:
+                raise ValueError(
+                    f"advantages: expected the labels' shape {tuple(shape)} or one for each of "
+                    f"{count} sequences, got {tuple(x.shape)}"
+                )
+        return x.detach().to(dtype)[ids]
     if x.dim() == 1 and len(shape) > 1 and x.shape[0] == shape[0]:
         column = x.detach().to(dtype).reshape(-1, *[1] * (len(shape) - 1))
         return column.expand(shape).reshape(-1)
@@ -156,7 +173,9 @@ def check_all_read(tokens: TokenBatch, program: Program, owner) -> None:
         required = short in program.reads and (short != "adv" or program.needs_adv)
         if required and not given:
             raise ValueError(f"{owner} reads tokens.{field}, which is missing from the TokenBatch")
-    extra = tokens.extra or {}
+    extra = {} if tokens.extra is None else tokens.extra
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"tokens.extra: expected a dict of tensors, got {type(extra).__name__}")
     for name in program.gates:
         if name not in extra:
             raise ValueError(
@@ -177,6 +196,7 @@ def flatten_tokens(
 ) -> FlatTokens:
     """Check and flatten a TokenBatch against the shape of hidden[..., 0] or logits[..., 0]."""
     labels = checks.labels(tokens.labels, shape, device).reshape(-1).contiguous()
+    checks.integer("tokens.ignore_index", tokens.ignore_index)
     _sequence_ids(tokens, shape, device)
 
     def flat(field):
@@ -185,10 +205,15 @@ def flatten_tokens(
     weights = flat("weights")
     if weights is None:
         weights = _default_weights(labels, tokens.ignore_index, dtype)
+    if tokens.n_valid is not None and not isinstance(tokens.n_valid, Tensor):
+        checks.integer("tokens.n_valid", tokens.n_valid)
     if tokens.n_valid is not None and device.type == "cpu" and not torch.compiler.is_compiling():
         count = int(((labels != tokens.ignore_index) & (weights != 0)).sum())
         if count != tokens.n_valid:
             raise ValueError(f"tokens.n_valid is {tokens.n_valid}, but {count} positions count")
+    temperature = flat("temperature")
+    counted = (labels != tokens.ignore_index) & (weights != 0)
+    checks.temperatures("tokens.temperature", temperature, counted)
     extra = tokens.extra or {}
     return FlatTokens(
         labels,
@@ -197,7 +222,7 @@ def flatten_tokens(
         flat("behavior_logps"),
         flat("ref_logps"),
         _advantages(tokens, shape, device, dtype),
-        flat("temperature"),
+        temperature,
         [vector(f"tokens.extra[{n!r}]", extra[n], shape, device, dtype) for n in program.gates],
         ",".join(program.gates),
         tokens.ignore_index,

@@ -38,19 +38,28 @@ def linear_token_logps(
     x = flatten_head(hidden, head.tensors())
     shape, device = hidden.shape[:-1], hidden.device
     flat = checks.labels(labels, shape, device).reshape(-1).contiguous()
+    dtype = stats_dtype(x.hidden.dtype)
     stats = autograd.apply(
         autograd.linear_logps,
         *x.linear,
         flat,
-        vector("temperature", temperature, shape, device, stats_dtype(x.hidden.dtype)),
+        _temperature(temperature, flat, shape, dtype, ignore_index),
         x.scalars,
         ignore_index,
         x.logits_dtype,
         x.needs,
-        pick(device.type, x.hidden.dtype),
+        pick(device.type, x.arithmetic),
         plan_list(),
     )
     return TokenStats(*(s.reshape(shape) for s in stats))
+
+
+def _temperature(x, labels: Tensor, shape, dtype, ignore_index) -> Tensor | None:
+    """Per-token temperatures as a checked [N] vector."""
+    checks.integer("ignore_index", ignore_index)
+    flat = vector("temperature", x, shape, labels.device, dtype)
+    checks.temperatures("temperature", flat, labels != ignore_index)
+    return flat
 
 
 def token_logps(
@@ -73,7 +82,7 @@ def token_logps(
         autograd.logits_logps,
         logits.reshape(-1, logits.shape[-1]),
         flat,
-        vector("temperature", temperature, shape, device, stats_dtype(logits.dtype)),
+        _temperature(temperature, flat, shape, stats_dtype(logits.dtype), ignore_index),
         ignore_index,
         pick(device.type, logits.dtype),
     )

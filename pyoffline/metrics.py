@@ -8,6 +8,11 @@ diagnostics (`diagnostics.py`).
 import torch
 from torch import Tensor
 
+from pyoffline.objectives import TABLE
+
+# Token-local rows whose first two parameters are clip_low and clip_high of the ratio to old.
+_CLIPPED = {row.code for row in TABLE.values() if row.params[:2] == ("clip_low", "clip_high")}
+
 
 def _mean(x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     return torch.where(valid, x, 0.0).sum() / count
@@ -20,6 +25,24 @@ def _range(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     high = torch.where(valid, x, -torch.inf).amax()
     some = valid.any()
     return torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+
+
+def clip_metrics(flat, program, logps) -> dict[str, Tensor]:
+    """Fractions of the tokens outside the clip of the program's first PPO row, where it acts:
+    below for A < 0, above for A > 0 (TRL's names); empty where there is no such row.
+    """
+    at = next((k for k, code in enumerate(program.codes[0::3]) if code in _CLIPPED), None)
+    if at is None:
+        return {}
+    valid, (low, high) = flat.valid, program.hyper[at, 1:3].unbind()
+    count = valid.sum().clamp(min=1).to(logps.dtype)
+    ratio = (logps - flat.old).exp()
+    adv = torch.ones_like(logps) if flat.adv is None else flat.adv
+    below, above = (ratio < 1.0 - low) & (adv < 0), (ratio > 1.0 + high) & (adv > 0)
+    fractions = {"low": below, "high": above, "region": below | above}
+    return {
+        f"clip_ratio/{k}_mean": _mean(x.to(logps.dtype), valid, count) for k, x in fractions.items()
+    }
 
 
 def token_metrics(flat, logps, entropy, lse, log_sum_p2, is_top1) -> dict[str, Tensor]:

@@ -17,15 +17,19 @@ from pyoffline.coupled_program import metric_names
 from pyoffline.flatten import flatten_head, flatten_tokens, objective_program
 from pyoffline.flatten_coupled import flatten_sequences
 from pyoffline.head import Head
-from pyoffline.metrics import token_metrics
+from pyoffline.metrics import clip_metrics, token_metrics
 from pyoffline.plan import plan_list
 from pyoffline.records import LossOutput, TokenBatch, TokenStats
 from pyoffline.reference_head import with_reference
 
 
-def _output(flat, loss, stats, shape, more=()) -> LossOutput:
+def _output(flat, program, loss, stats, shape, more=()) -> LossOutput:
     detached = [x.detach() for x in stats]
-    metrics = token_metrics(flat, *detached) | dict(more)
+    more = dict(more)
+    metrics = token_metrics(flat, *detached)
+    if "clip_ratio/region_mean" not in more:  # a sequence's clip goes first
+        metrics |= clip_metrics(flat, program, detached[0])
+    metrics |= more
     return LossOutput(loss, TokenStats(*(x.reshape(shape) for x in detached)), metrics)
 
 
@@ -33,7 +37,7 @@ def _coupled_output(flat, program, result, shape) -> LossOutput:
     loss, *stats = result[:6]
     names, values = metric_names(program.codes), result[6].detach().to(stats[0].dtype)
     more = ((name, values[i]) for i, name in enumerate(names))
-    return _output(flat, loss, stats, shape, more)
+    return _output(flat, program, loss, stats, shape, more)
 
 
 def linear_policy_loss(
@@ -85,7 +89,7 @@ def linear_policy_loss(
             flat.ignore_index,
             x.logits_dtype,
             x.needs,
-            pick(device.type, x.hidden.dtype),
+            pick(device.type, x.arithmetic),
             plan_list(),
         )
         return _coupled_output(flat, program, result, shape)
@@ -108,10 +112,10 @@ def linear_policy_loss(
         flat.ignore_index,
         x.logits_dtype,
         x.needs,
-        pick(device.type, x.hidden.dtype),
+        pick(device.type, x.arithmetic),
         plan_list(tokens.n_valid),
     )
-    return _output(flat, result[0], result[2:7], shape)
+    return _output(flat, program, result[0], result[2:7], shape)
 
 
 def _coupled_args(flat, tokens: TokenBatch, sequences) -> tuple:
@@ -172,7 +176,7 @@ def policy_loss(
         wants_grad(logits),
         pick(device.type, logits.dtype),
     )
-    return _output(flat, result[0], result[2:7], shape)
+    return _output(flat, program, result[0], result[2:7], shape)
 
 
 def wants_grad(x: Tensor) -> bool:

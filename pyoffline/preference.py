@@ -206,7 +206,7 @@ class KTO(_Pair):
             if kl.dim():
                 raise ValueError(f"KTO(kl=...): expected a float or a 0-d tensor, got {kl.shape}")
             kl = float(kl)
-        if isinstance(kl, float) and kl < 0:
+        if isinstance(kl, float | int) and kl < 0:
             kl = 0.0
         object.__setattr__(self, "kl", kl)
         super().__post_init__()

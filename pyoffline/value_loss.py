@@ -30,7 +30,7 @@ class ValueLoss:
     ) -> Tensor:
         """0-d loss, differentiable in `values`; a value of weight 0 contributes exactly 0.
 
-        Raises ValueError for shapes that differ, or a clip without `old_values`.
+        Raises ValueError for shapes that differ, a clip without `old_values`, or the reverse.
         """
         for name, x in (("returns", returns), ("old_values", old_values), ("weights", weights)):
             if x is not None and x.shape != values.shape:
@@ -40,6 +40,8 @@ class ValueLoss:
                 )
         if self.clip is not None and old_values is None:
             raise ValueError("ValueLoss(clip=...) needs old_values: the values at sampling time")
+        if self.clip is None and old_values is not None:
+            raise ValueError("ValueLoss(clip=None) does not read old_values: leave them out")
         if weights is None:
             weights = torch.full_like(values, 1.0 / max(values.numel(), 1))
         counted = weights != 0

@@ -227,6 +227,8 @@ def test_rso_pairs_respect_masks_ties_and_group_sizes():
 TOKENS = torch.ones(2, 3, dtype=torch.bool)
 R2, G2 = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
 ERRORS = [
+    (lambda: adv.remax([1.0], R2), ValueError, "rewards: expected a tensor"),
+    (lambda: adv.awr([1.0]), ValueError, "rewards: expected a tensor"),
     (lambda: adv.reward_to_go(R2, TOKENS, gamma=1.1), ValueError, "gamma"),
     (lambda: adv.reward_to_go(torch.zeros(2, 4), TOKENS), ValueError, "(2, 3), got (2, 4)"),
     (lambda: adv.reward_to_go(R2, TOKENS[0]), ValueError, "[B, T]"),

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pyoffline as po
 from pyoffline.aggregate import ALIASES, MODES, GlobalCounts, shift_labels, token_weights
 
 F64 = torch.float64
@@ -272,3 +273,8 @@ def test_shift_labels_errors():
         shift_labels(torch.zeros(3))
     with pytest.raises(ValueError, match="sequence_ids"):
         shift_labels(torch.zeros(3, dtype=torch.int64), sequence_ids=torch.zeros(2))
+
+
+def test_the_counts_of_a_step_are_public():
+    weights = po.token_weights(torch.ones(2, 3).bool(), counts=po.GlobalCounts(tokens=12))
+    assert torch.equal(weights, torch.full((2, 3), 1 / 12))

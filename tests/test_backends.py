@@ -257,3 +257,20 @@ def test_m3_dataloader_workers(start):
         Scored(), batch_size=2, num_workers=1, multiprocessing_context=start, timeout=90
     )
     torch.testing.assert_close(torch.cat(list(loader)), want)
+
+
+def test_fp64_logits_are_computed_where_fp64_is():
+    """`Head(logits_dtype=torch.float64)` over fp32 hidden states; the cpu backend has no fp64."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 6, generator=g), torch.randn(13, 6, generator=g)
+    head, labels = po.Head(w, logits_dtype=torch.float64), torch.arange(4)
+    truth = (x.double() @ w.double().t()).log_softmax(-1)[labels, labels]
+    stats = po.linear_token_logps(x, head, labels)
+    assert torch.allclose(stats.logps.double(), truth, rtol=1e-6)
+    leaf = x.clone().requires_grad_()
+    po.linear_policy_loss(leaf, head, po.TokenBatch(labels), po.NLL()).loss.backward()
+    assert leaf.grad.dtype == torch.float32
+    tokens, teacher = po.TokenBatch(labels), po.TeacherLogits(torch.zeros(4, 13))
+    assert po.linear_distill_loss(leaf, head, teacher, tokens, po.ReverseKL()).loss.isfinite()
+    with po.use_backend("cpu"), pytest.raises(RuntimeError, match="computes in fp32"):
+        po.linear_policy_loss(leaf, head, tokens, po.NLL())

@@ -170,6 +170,23 @@ def test_softcap_and_z_loss_are_added_as_documented(backend, linear, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_N3_a_class_weight_that_is_no_number_is_not_hidden(backend, bad, reduction):
+    z, y, u, _ = data()
+    u[y[y != -100][0]] = bad
+    with po.use_backend(backend):
+        a = po.cross_entropy(z, y, u, reduction=reduction)
+        b = po.linear_cross_entropy(z, torch.eye(C), y, weight=u, reduction=reduction)
+    assert not a.isfinite() and not b.isfinite()
+
+
+def test_class_weights_of_a_negative_sum_mean_what_they_mean_in_torch():
+    z, y, u, _ = data()
+    assert torch.allclose(po.cross_entropy(z, y, -u), F.cross_entropy(z, y, -u), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_N11_all_targets_ignored_is_loss_0_and_zero_gradients(backend, reduction, weighted):

@@ -1,5 +1,7 @@
 """Objectives written by the user: traced once, equal to their built-in twins on every backend."""
 
+from types import SimpleNamespace
+
 import batches
 import compare
 import oracle
@@ -174,6 +176,8 @@ def branches(t):
 
 # function, exception, what the message must say
 ERRORS = [
+    (lambda t: -t.adv.log().cumsum(0) * t.logp, ValueError, "mixes tokens"),
+    (lambda t: -t.extra["a,b"] * t.logp, ValueError, "comma"),
     (lambda t: -(t.logp - t.logp.mean()), ValueError, "mixes tokens"),
     (lambda t: -t.logp.cumsum(0).flip(0), ValueError, "mixes tokens"),
     (lambda t: -t.logp.flip(0), ValueError, "mixes tokens"),
@@ -190,6 +194,62 @@ ERRORS = [
 def test_N12_a_function_that_cannot_be_an_objective_raises(fn, error, words):
     with pytest.raises(error, match=words):
         po.custom(fn)
+
+
+# finite on the batch below only: advantages and entropies are positive there
+DOMAINS = [
+    lambda t: -t.adv.sqrt() * t.logp,
+    lambda t: -(t.adv**0.5) * t.logp,
+    lambda t: -t.adv.log() * t.logp,
+    lambda t: -t.adv * t.entropy.log() * t.logp,
+    lambda t: -t.adv * t.entropy.sqrt(),
+    lambda t: -t.adv * t.lse.log(),
+]
+
+
+@pytest.mark.parametrize("fn", DOMAINS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_function_with_a_domain_can_be_an_objective(fn, backend):
+    g = torch.Generator().manual_seed(0)
+    z = (3 + torch.rand(5, 7, generator=g, dtype=torch.float64)).requires_grad_()
+    adv, labels = torch.rand(5, generator=g, dtype=torch.float64) + 0.5, torch.arange(5)
+    logps = z.log_softmax(-1)
+    entropy, lse = -(logps.exp() * logps).sum(-1), z.logsumexp(-1)
+    row = SimpleNamespace(logp=logps[labels, labels], entropy=entropy, lse=lse, adv=adv)
+    want = fn(row).mean()
+    (truth,) = torch.autograd.grad(want, z)
+    given = z.detach().requires_grad_()
+    with po.use_backend("reference"):
+        got = po.policy_loss(given, po.TokenBatch(labels, adv), po.custom(fn)).loss
+    got.backward()
+    assert torch.allclose(got, want, rtol=1e-12) and torch.allclose(given.grad, truth, rtol=1e-10)
+    single = z.detach().float().requires_grad_()
+    with po.use_backend(backend):
+        po.policy_loss(single, po.TokenBatch(labels, adv.float()), po.custom(fn)).loss.backward()
+    assert torch.allclose(single.grad.double(), truth, rtol=1e-4, atol=1e-6)
+
+
+def test_a_closed_form_of_the_wrong_length_says_what_it_returns():
+    with pytest.raises(ValueError, match=r"closed form returns \(loss, .*got 2"):
+        po.custom(lambda t: -t.logp, closed_form=lambda t: (-t.logp, -1.0))
+
+
+def test_a_closed_form_is_checked_on_advantages_of_both_signs():
+    def clipped(t):
+        return -torch.where(t.adv > 0, t.adv, 0.5 * t.adv) * t.logp
+
+    def half_right(t):
+        return clipped(t), -0.5 * t.adv, 0.0, 0.0
+
+    with pytest.raises(ValueError, match="closed form of a differs"):
+        po.custom(clipped, closed_form=half_right)
+
+
+def test_shaped_is_takes_a_constant_shape():
+    z, labels, x = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), torch.ones(2)
+    tokens = po.TokenBatch(labels, advantages=x, behavior_logps=-x)
+    got = po.policy_loss(z, tokens, po.ShapedIS(lambda w: 2.0)).loss
+    assert torch.allclose(got, torch.tensor(3.0).log() * 2)
 
 
 def test_N12_missing_and_unused_tensors_are_named():

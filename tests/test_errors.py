@@ -26,6 +26,7 @@ X, W, LABELS, ADV, OLD = good()
 LOGITS = (X @ W.t()).detach()
 HEAD = po.Head(W)
 TOKENS = po.TokenBatch(LABELS, ADV, OLD)
+IDS = torch.tensor([0, 0, 1, 1, 1, 2])
 
 
 def lpl(hidden=X, head=HEAD, tokens=TOKENS, objective=None):
@@ -38,6 +39,10 @@ def pl(logits=LOGITS, tokens=TOKENS, objective=None):
 
 def batch(**changes):
     return po.TokenBatch(**{"labels": LABELS, "advantages": ADV, "old_logps": OLD, **changes})
+
+
+def packed(ids, count=3):
+    return batch(sequence_ids=ids, advantages=torch.ones(count))
 
 
 def relabel(at, value):
@@ -196,7 +201,34 @@ TABLE = {
         "sequence_ids",
         "(2,)",
     ),
+    "sequence_ids negative": (lambda: lpl(tokens=packed(IDS - 1)), ValueError, "0..S-1", "-1"),
+    "sequence_ids decreasing": (lambda: lpl(tokens=packed(IDS.flip(0))), ValueError, "0..S-1", "2"),
+    "too many per sequence": (
+        lambda: lpl(tokens=packed(IDS, 5)),
+        ValueError,
+        "advantages",
+        "3 sequences",
+        "(5,)",
+    ),
+    "too few per sequence": (lambda: lpl(tokens=packed(IDS, 2)), ValueError, "advantages", "(2,)"),
     "unknown field": (lambda: batch(advantage=ADV), TypeError, "advantage"),
+    "n_valid float": (lambda: lpl(tokens=batch(n_valid=5.0)), TypeError, "n_valid", "5.0"),
+    "ignore_index": (lambda: lpl(tokens=batch(ignore_index=None)), TypeError, "ignore_index"),
+    "ignore_index, logps": (
+        lambda: po.token_logps(LOGITS, LABELS, ignore_index=1.5),
+        TypeError,
+        "ignore_index",
+        "1.5",
+    ),
+    "extra is a list": (lambda: lpl(tokens=batch(extra=[ADV])), TypeError, "extra", "list"),
+    "temperature 0": (lambda: lpl(tokens=batch(temperature=ADV * 0)), ValueError, "> 0", "row 0"),
+    "temperature negative": (
+        lambda: po.linear_token_logps(X, HEAD, LABELS, -torch.ones(N)),
+        ValueError,
+        "temperature",
+        "-1.0",
+    ),
+    "temperature, one float": (lambda: po.token_logps(LOGITS, LABELS, -0.5), ValueError, "-0.5"),
     # objectives
     "clip negative": (lambda: po.PPOClip(-0.1), ValueError, "PPOClip", "-0.1"),
     "clip NaN": (lambda: po.PPOClip(math.nan), ValueError, "PPOClip", "nan"),
@@ -211,6 +243,8 @@ TABLE = {
         "'a'",
         "'b'",
     ),
+    "gate with a comma": (lambda: po.NLL().weighted_by("a,b"), ValueError, "'a,b'", "comma"),
+    "gate without a name": (lambda: po.JSD(0.5).weighted_by(""), ValueError, "empty"),
     # cross entropy
     "reduction": (
         lambda: po.cross_entropy(LOGITS, LABELS, reduction="avg"),
@@ -253,6 +287,7 @@ TABLE = {
     "chunk_rows": (lambda: po.chunk_rows(0), ValueError, "chunk_rows", "0"),
     "memory_budget": (lambda: po.memory_budget(1.5), ValueError, "memory_budget", "1.5"),
     "explain": (lambda: po.explain(0, 8, 8), ValueError, "n_tokens", "0"),
+    "explain dtype": (lambda: po.explain(8, 8, 8, "bf16"), TypeError, "dtype", "bf16"),
 }
 
 
@@ -263,6 +298,16 @@ def test_bad_input_gives_an_error_that_names_it(case):
         call()
     message = str(caught.value)
     assert [w for w in words if w not in message] == [], message
+
+
+@each_backend
+def test_a_temperature_is_checked_only_where_a_row_counts_and_a_nan_shows(backend):
+    with po.use_backend(backend):
+        clean = lpl(tokens=batch(temperature=torch.ones(N))).loss
+        ignored = torch.where(LABELS == -100, 0.0, torch.ones(N))
+        assert torch.equal(lpl(tokens=batch(temperature=ignored)).loss, clean)
+        broken = torch.where(LABELS == 10, math.nan, torch.ones(N))
+        assert lpl(tokens=batch(temperature=broken)).loss.isnan()
 
 
 @each_backend

@@ -96,7 +96,7 @@ def test_kto_wants_1_or_0_and_shows_a_nan():
 
 def test_kto_takes_its_kl_as_a_tensor_and_clamps_it_at_0():
     assert po.KTO(kl=torch.tensor(0.25)) == po.KTO(kl=0.25)
-    assert po.KTO(kl=-3.0) == po.KTO(kl=0.0) == po.KTO(kl=torch.tensor(-1.0))
+    assert po.KTO(kl=-3) == po.KTO(kl=-3.0) == po.KTO(kl=0.0) == po.KTO(kl=torch.tensor(-1.0))
     with pytest.raises(ValueError, match="a float or a 0-d tensor"):
         po.KTO(kl=torch.zeros(2))
     with pytest.raises(ValueError, match="kl"):
