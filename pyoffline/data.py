@@ -42,16 +42,20 @@ class DataError(ValueError):
         alike = Counter(_what(p) for p in problems)
         first = {_what(p): p for p in reversed(problems)}
         shown = [
-            p + (f" (and {alike[what] - 1} more rows)" if alike[what] > 1 else "")
+            p + (f" (and {_count(alike[what] - 1, 'more row')})" if alike[what] > 1 else "")
             for what, p in reversed(first.items())
         ]
         if len(shown) > SHOWN:
             shown[SHOWN:] = [f"... and {len(shown) - SHOWN} more kinds"]
-        hint = (
-            "correct the rows, or pass --skip-bad to leave them out (they are counted and logged)"
-        )
-        head = f"{len(problems)} problems in {n_rows} rows, nothing was started; {hint}"
+        head = f"{_count(len(problems), 'problem')} in {_count(n_rows, 'row')}, nothing was started"
+        if n_rows:
+            head += "; correct the rows, or pass --skip-bad to leave them out (they are counted"
+            head += " and logged)"
         super().__init__("\n  ".join([head, *shown]))
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _what(problem: str) -> str:
@@ -146,6 +150,13 @@ class SampleSet(Dataset):
         self.samples, self.skipped, self.truncated = samples, skipped, truncated
         self.items = make_units(samples, unit)
 
+    def say_left_out(self, path: str | Path, file) -> None:
+        """How many rows were left out, and why."""
+        if self.skipped:
+            file.write(f"{path}: left out {_count(sum(self.skipped.values()), 'row')}\n")
+        for reason, count in self.skipped.most_common(10):
+            file.write(f"  {count:6d}  {reason}\n")
+
     def __len__(self):
         return len(self.items)
 
@@ -188,7 +199,9 @@ def load_samples(
     bad = {line for line, _, _ in problems}
     samples = [s for s in samples if s.line not in bad]
     if not samples:
-        raise DataError([*texts, f"{path}: no usable row"], n_rows)
+        n_long = sum(why == DROPPED for _, _, why in problems)
+        why = f": {n_long} of {n_rows} have more than data.max_length tokens" if n_long else ""
+        raise DataError([*texts, f"{path}: no usable row{why}"], n_rows)
     for sample, group in zip(samples, dense_groups(samples), strict=True):
         sample.columns["group"] = group
     if advantage is not None:
