@@ -218,6 +218,17 @@ class SafeCheckpoints:
             "another trainer.output_dir"
         )
 
+    def _determine_best_metric(self, metrics, trial):
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            kept, name = self.save_checkpoint(), self.args.metric_for_best_model
+            names = ", ".join(sorted(n for n in metrics if n.startswith("eval_")))
+            raise ValueError(
+                f"metric_for_best_model: {name!r} is not measured; there are {names}. {kept} has "
+                "the steps so far: correct the name and resume"
+            ) from None
+
     def _load_best_model(self):
         run_folder.check(Path(self.state.best_model_checkpoint))
         super()._load_best_model()

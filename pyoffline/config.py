@@ -143,7 +143,7 @@ def parse_config(raw: dict, errors: list[str]) -> RunConfig | None:
             top[key] = ModelConfig(**{"dtype": top["model"].get("dtype", "float32")} | top[key])
     top["model"], top["data"] = ModelConfig(**top["model"]), DataConfig(**top["data"])
     config = RunConfig(**top)
-    _check_evaluation(config, errors)
+    _check_trainer(config, errors)
     _check_fit(config, errors)
     return None if errors else config
 
@@ -164,13 +164,19 @@ def _read_section(key: str, raw: dict, top: dict, errors: list[str]) -> None:
         top[key] = _read_fields(kind, value, f"{key}.", errors)
 
 
-def _check_evaluation(config: RunConfig, errors: list[str]) -> None:
+def _check_trainer(config: RunConfig, errors: list[str]) -> None:
+    """What the trainer would not use, or cannot with this data."""
     strategy = str(config.trainer.get("eval_strategy", "no"))
     evaluates = strategy != "no" or config.trainer.get("eval_on_start")
     if config.data.eval is not None and not evaluates:
         errors.append(
             "data.eval: never evaluated; set trainer.eval_strategy (epoch or steps), or leave it "
             "out"
+        )
+    if config.trainer.get("train_sampling_strategy") == "group_by_length":
+        errors.append(
+            "trainer.train_sampling_strategy: group_by_length reads datasets of dictionaries only; "
+            "data.packing: true leaves no padding"
         )
     if config.data.eval is None and evaluates:
         errors.append("trainer.eval_strategy: there is nothing to evaluate; name a file: data.eval")

@@ -257,7 +257,7 @@ def _finish_rows(pending, tokenizer, settings, names, samples, problems) -> int:
     if not pending:
         return 0
     truncated = 0
-    texts = [_texts(row, tokenizer) for _, _, row in pending]
+    pending, texts = _rendered(pending, tokenizer, problems)
     prompts = iter(_encode(tokenizer, [p for p, _, special in texts if special], True))
     plain = iter(_encode(tokenizer, [p for p, _, special in texts if not special], False))
     endings = _encode(tokenizer, [c for _, c, _ in texts], False)
@@ -290,6 +290,26 @@ def _eos(tokenizer, settings) -> list[int]:
         if settings.append_eos and tokenizer.eos_token_id is not None
         else []
     )
+
+
+def _rendered(pending, tokenizer, problems) -> tuple[list, list]:
+    """The rows that have texts, and these; a conversation that the chat template refuses is a
+    problem of its row.
+    """
+    from jinja2 import TemplateError
+
+    rows, texts = [], []
+    for line, side, row in pending:
+        try:
+            texts.append(_texts(row, tokenizer))
+        except (ValueError, TemplateError) as error:
+            why = f"the tokenizer's chat template refuses it: {error}"
+            if not tokenizer.chat_template:
+                why = "the tokenizer has no chat template; give prompt and completion instead"
+            problems.append((line, pairs.public_name("messages", side), why))
+        else:
+            rows.append((line, side, row))
+    return rows, texts
 
 
 def _texts(row: dict, tokenizer) -> tuple[str, str, bool]:

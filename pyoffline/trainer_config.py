@@ -18,6 +18,7 @@ LEAST = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
     "learning_rate": 0,
+    "seed": 0,
     "weight_decay": 0,
     "memory_budget_mib": 1,
     "horizon": 1,

@@ -47,6 +47,10 @@ WRONG = {
     "horizon_unread": ({"trainer.horizon": 9}, ["horizon: aggregation auto divides by none"]),
     "eval_unread": ({"data.eval": "x.jsonl"}, ["data.eval: never evaluated"]),
     "eval_without_data": ({"trainer.eval_strategy": "epoch"}, ["name a file: data.eval"]),
+    "group_by_length": (
+        {"trainer.train_sampling_strategy": "group_by_length"},
+        ["group_by_length reads datasets of dictionaries only"],
+    ),
     "stock_aggregation": (
         {"loss": "stock", "trainer.aggregation": "grpo"},
         ["trainer.aggregation: loss stock has its own mean"],
@@ -248,3 +252,45 @@ def test_a_reward_run_names_its_problems_too(tmp_path, model, capsys):
 def test_groups_of_prompt_mean_reach_the_loss(tmp_path, model):
     path = write_config(tmp_path, model, single_rows())
     assert train(path, "trainer.aggregation=prompt-mean")[0] == 0
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+STRICT = "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}a"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(None, "no chat template"), (STRICT, "chat template refuses it: roles must alternate")],
+)
+@pytest.mark.parametrize("paired", [False, True])
+def test_t1_a_conversation_that_cannot_be_rendered(
+    tmp_path, model, capsys, template, message, paired
+):
+    other = write_model(tmp_path / "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(other)
+    turns = [*CHAT, *CHAT] if template else CHAT
+    row, changes = {"messages": turns}, {}
+    if paired:
+        reply = [{"role": "assistant", "content": "c"}]
+        row = {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": reply}
+        changes = {"objective": "sim_po"}
+    path = write_config(tmp_path, other, [row], **changes)
+    assert cli.main(["train", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"s.jsonl:1: {'chosen' if paired else 'messages'}: the tokenizer" in error
+    assert message in error
+
+
+def test_an_unknown_metric_of_the_best_model_loses_no_step(tmp_path, model, capsys):
+    path = write_config(tmp_path, model, PLAIN)
+    options = [f"data.eval={tmp_path / 's.jsonl'}", "trainer.eval_strategy=steps"]
+    options += ["trainer.eval_steps=1", "trainer.save_strategy=steps", "trainer.save_steps=1"]
+    options += ["trainer.load_best_model_at_end=true"]
+    wrong = "trainer.metric_for_best_model=accuracy"
+    assert cli.main(["train", str(path), *options, wrong]) == 1
+    error = capsys.readouterr().err
+    assert "metric_for_best_model: 'accuracy' is not measured; there are eval_entropy" in error
+    assert (tmp_path / "out" / "checkpoint-1" / "complete.json").is_file()
+    assert cli.main(["train", str(path), *options, "--resume"]) == 0
