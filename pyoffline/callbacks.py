@@ -166,7 +166,7 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stopped_by is not None:
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = control.should_log = True
             control.should_evaluate = False
 
     def on_prediction_step(self, args, state, control, **kwargs):

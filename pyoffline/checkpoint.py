@@ -34,14 +34,15 @@ def save_optimizer(folder: Path, optimizer, scheduler) -> None:
             else:
                 plain[f"{index}.{name}"] = value
     groups = json.dumps({"param_groups": state["param_groups"], "plain": plain}, default=_number)
-    save_file(tensors, folder / OPTIMIZER, metadata={"state": groups})
+    metadata = {"state": groups, "optimizer": _kind(optimizer)}
+    save_file(tensors, folder / OPTIMIZER, metadata=metadata)
     if scheduler is not None:
         _write_text(folder / SCHEDULER, json.dumps(scheduler.state_dict(), default=_number))
 
 
 def load_optimizer(folder: Path, optimizer, scheduler) -> None:
     """Restore what `save_optimizer` wrote. ValueError where the folder holds pickles only, or
-    nothing.
+    nothing; OtherRunError where it is another optimizer's.
     """
     path = folder / OPTIMIZER
     if not path.is_file():
@@ -52,14 +53,25 @@ def load_optimizer(folder: Path, optimizer, scheduler) -> None:
         )
     state: dict = {}
     with safe_open(path, framework="pt") as file:
+        written = file.metadata().get("optimizer")
         meta = json.loads(file.metadata()["state"])
         entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if written not in (None, _kind(optimizer)):
+        raise run_folder.OtherRunError(
+            f"{path} is the state of {written}, this run has {_kind(optimizer)}: give the "
+            f"trainer.optim of that run, or start from its weights in a new folder: model: {folder}"
+        )
     for key, value in [*entries.items(), *meta["plain"].items()]:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": meta["param_groups"]})
     if scheduler is not None:
         scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
+
+
+def _kind(optimizer) -> str:
+    """The class of an optimizer, inside accelerate's wrapper."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
 def save_rng(folder: Path, rank: int) -> None:
@@ -127,6 +139,19 @@ class SafeCheckpoints:
             resume_from_checkpoint = str(run_folder.check(Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the steps of the run are done. transformers would make one more when a finished
+        run is resumed.
+        """
+        return self.state.global_step >= self.state.max_steps > 0
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.at_end:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of this moment, between two steps. CheckpointError: it was not, the
         older ones are untouched.
@@ -164,6 +189,45 @@ class SafeCheckpoints:
         finally:
             self._partial = None
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            if not lines:
+                raise
+            raise self._another_model(resume_from_checkpoint, lines[0]) from None
+
+    def _issue_warnings_after_load(self, load_result):
+        """transformers' warnings; a parameter that the checkpoint does not have, and that shares no
+        memory with one that it has, is an error.
+        """
+        own, missing = self.model.state_dict(), set(load_result.missing_keys)
+        loaded = {t.data_ptr() for name, t in own.items() if name not in missing}
+        lost = sorted(n for n in missing & own.keys() if own[n].data_ptr() not in loaded)
+        if lost:
+            raise self._another_model(self.args.output_dir, f"it has no {lost[0]}")
+        if load_result.unexpected_keys:
+            super()._issue_warnings_after_load(load_result)
+
+    @staticmethod
+    def _another_model(folder, why: str) -> run_folder.OtherRunError:
+        return run_folder.OtherRunError(
+            f"{folder}: a checkpoint of another model ({why}): give the model of that run, or "
+            "another trainer.output_dir"
+        )
+
+    def _determine_best_metric(self, metrics, trial):
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            kept, name = self.save_checkpoint(), self.args.metric_for_best_model
+            names = ", ".join(sorted(n for n in metrics if n.startswith("eval_")))
+            raise ValueError(
+                f"metric_for_best_model: {name!r} is not measured; there are {names}. {kept} has "
+                "the steps so far: correct the name and resume"
+            ) from None
 
     def _load_best_model(self):
         run_folder.check(Path(self.state.best_model_checkpoint))

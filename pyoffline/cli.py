@@ -39,7 +39,8 @@ a configuration:
   terms: [{name: kl, kind: k3, scale: 0.04}, {name: entropy, scale: -0.001}]
   advantage: {name: group_normalize}          # from the columns reward and group
   trainer: {output_dir: runs/ppo, learning_rate: 1e-6, per_device_train_batch_size: 8,
-            gradient_accumulation_steps: 4, aggregation: token-mean, report_to: tensorboard}
+            gradient_accumulation_steps: 4, aggregation: token-mean, eval_strategy: epoch,
+            report_to: tensorboard}
 
 a row of the data (JSONL or Parquet):
   {"prompt": "2+2=", "completion": "4", "reward": 1.0, "group": "q17", "old_logps": [-0.1, -0.02]}
@@ -156,17 +157,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _is_known(error: Exception) -> bool:
     return isinstance(
-        error, ValueError | OSError | NotImplementedError | RuntimeError | FloatingPointError
+        error,
+        ValueError | OSError | ImportError | RuntimeError | FloatingPointError,
     )
 
 
 def _exit_code(error: Exception) -> int:
     from pyoffline.config import ConfigError
     from pyoffline.data import DataError
-    from pyoffline.run_folder import DamagedCheckpointError, FolderInUseError
+    from pyoffline.rows import UnreadableFileError
+    from pyoffline.run_folder import DamagedCheckpointError, FolderInUseError, OtherRunError
 
-    nothing_started = ConfigError | DataError | UsageError | DamagedCheckpointError
-    if isinstance(error, nothing_started | FolderInUseError):
+    nothing_started = ConfigError | DataError | UnreadableFileError | UsageError
+    nothing_started |= DamagedCheckpointError | FolderInUseError | OtherRunError
+    if isinstance(error, nothing_started):
         return EXIT_INPUT
     return EXIT_NON_FINITE if isinstance(error, FloatingPointError) else EXIT_FAILED
 
@@ -331,10 +335,11 @@ def run_score(args) -> int:
     from pyoffline.config import ModelConfig
     from pyoffline.score import ScoreSettings, run_score
 
-    if args.batch < 1:
-        raise UsageError(f"--batch: expected at least 1, got {args.batch}")
-    if args.teacher_topk is not None and args.teacher_topk < 1:
-        raise UsageError(f"--teacher-topk: expected at least 1, got {args.teacher_topk}")
+    for name, least in (("batch", 1), ("teacher_topk", 1), ("max_length", 2)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag}: expected at least {least}, got {value}")
     column = args.column or (None if args.teacher_topk else "old_logps")
     settings = ScoreSettings(
         samples=Path(args.samples),
@@ -385,5 +390,8 @@ def run_explain(args) -> int:
 
     import pyoffline as po
 
+    for name in ("tokens", "hidden", "vocab"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"{name}: expected at least 1, got {getattr(args, name)}")
     print(po.explain(args.tokens, args.hidden, args.vocab, getattr(torch, args.dtype)))
     return EXIT_OK

@@ -9,9 +9,8 @@ at once.
 
 `advantage` may be a list: [{name: kl_shaped, beta: 0.05}, {name: gae}, {name: truncate}].
 
-`trainer` takes every field of OfflineConfig (transformers.TrainingArguments). YAML is read with
-safe_load: a file can name values, never code. Not here: the data file's contents (data.py),
-building the trainer (trainer.py).
+`trainer` takes every field of OfflineConfig (transformers.TrainingArguments). Not here: reading
+YAML (config_file.py), the data file's contents (data.py), building the trainer (trainer.py).
 """
 
 import dataclasses
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import yaml
 
+from pyoffline.config_file import read_yaml
 from pyoffline.config_objective import (
     BradleyTerry,
     build_objective,
@@ -105,14 +105,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(str(path), ["no such file"]) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(str(path), [f"cannot be read as YAML: {error}"]) from None
-    if not isinstance(raw, dict):
-        kind = "an empty file" if raw is None else type(raw).__name__
-        raise ConfigError(str(path), [f"expected `key: value` lines at the top level, got {kind}"])
+        raw = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(str(path), [str(error)]) from None
     errors: list[str] = []
     for text in overrides:
         _override(raw, text, errors)
@@ -148,6 +143,7 @@ def parse_config(raw: dict, errors: list[str]) -> RunConfig | None:
             top[key] = ModelConfig(**{"dtype": top["model"].get("dtype", "float32")} | top[key])
     top["model"], top["data"] = ModelConfig(**top["model"]), DataConfig(**top["data"])
     config = RunConfig(**top)
+    _check_trainer(config, errors)
     _check_fit(config, errors)
     return None if errors else config
 
@@ -168,6 +164,24 @@ def _read_section(key: str, raw: dict, top: dict, errors: list[str]) -> None:
         top[key] = _read_fields(kind, value, f"{key}.", errors)
 
 
+def _check_trainer(config: RunConfig, errors: list[str]) -> None:
+    """What the trainer would not use, or cannot with this data."""
+    strategy = str(config.trainer.get("eval_strategy", "no"))
+    evaluates = strategy != "no" or config.trainer.get("eval_on_start")
+    if config.data.eval is not None and not evaluates:
+        errors.append(
+            "data.eval: never evaluated; set trainer.eval_strategy (epoch or steps), or leave it "
+            "out"
+        )
+    if config.trainer.get("train_sampling_strategy") == "group_by_length":
+        errors.append(
+            "trainer.train_sampling_strategy: group_by_length reads datasets of dictionaries only; "
+            "data.packing: true leaves no padding"
+        )
+    if config.data.eval is None and evaluates:
+        errors.append("trainer.eval_strategy: there is nothing to evaluate; name a file: data.eval")
+
+
 def _check_fit(config: RunConfig, errors: list[str]) -> None:
     """What no key shows alone: an advantage or a model that nothing reads, terms that exclude each
     other.
@@ -185,6 +199,9 @@ def _check_fit(config: RunConfig, errors: list[str]) -> None:
     except (ValueError, TypeError) as error:
         errors.append(f"objective: {error}")
         return
+    own = config.trainer.get("aggregation", "auto")
+    if config.loss == "stock" and own != "auto":
+        errors.append(f"trainer.aggregation: loss stock has its own mean, not {own}; leave it out")
     if config.teacher_model is not None and not isinstance(objective, Divergence):
         errors.append(
             f"teacher_model: {config.objective['name']} compares with no teacher's distribution; "
@@ -312,14 +329,14 @@ def _trainer(values, errors: list[str]) -> dict:
     if not isinstance(values, dict):
         errors.append(f"trainer: expected a mapping, got {values!r}")
         return {}
-    if "output_dir" not in values:
+    if not values.get("output_dir"):
         errors.append("trainer.output_dir: missing; where checkpoints and metrics.jsonl go")
     before = len(errors)
     out = _read_fields(OfflineConfig, values, "trainer.", errors)
     if len(errors) == before:
         try:
             OfflineConfig(**out)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             errors.append(f"trainer: {error}")
     return out
 
@@ -327,6 +344,10 @@ def _trainer(values, errors: list[str]) -> dict:
 def _check_advantage(spec, errors: list[str]) -> None:
     from pyoffline import data_advantages
 
+    if not isinstance(spec, dict | list):
+        return
+    if not spec:
+        errors.append(f"advantage: expected {{name: ...}} or a list of such stages, got {spec!r}")
     before = len(errors)
     for i, stage in enumerate(data_advantages.stages(spec)):
         where = f"advantage[{i}]" if isinstance(spec, list) else "advantage"

@@ -121,6 +121,10 @@ def _check_term(where: str, spec, errors: list[str]) -> None:
     if len(errors) > before:
         return
     spec.update({k: number(v) for k, v in spec.items()})
+    scale = spec.get("scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        errors.append(f"{where}.scale: expected a number, got {scale!r}")
+        return
     try:
         make(spec)
     except (ValueError, TypeError, NotImplementedError) as error:

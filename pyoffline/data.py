@@ -42,16 +42,20 @@ class DataError(ValueError):
         alike = Counter(_what(p) for p in problems)
         first = {_what(p): p for p in reversed(problems)}
         shown = [
-            p + (f" (and {alike[what] - 1} more rows)" if alike[what] > 1 else "")
+            p + (f" (and {_count(alike[what] - 1, 'more row')})" if alike[what] > 1 else "")
             for what, p in reversed(first.items())
         ]
         if len(shown) > SHOWN:
             shown[SHOWN:] = [f"... and {len(shown) - SHOWN} more kinds"]
-        hint = (
-            "correct the rows, or pass --skip-bad to leave them out (they are counted and logged)"
-        )
-        head = f"{len(problems)} problems in {n_rows} rows, nothing was started; {hint}"
+        head = f"{_count(len(problems), 'problem')} in {_count(n_rows, 'row')}, nothing was started"
+        if n_rows:
+            head += "; correct the rows, or pass --skip-bad to leave them out (they are counted"
+            head += " and logged)"
         super().__init__("\n  ".join([head, *shown]))
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _what(problem: str) -> str:
@@ -146,6 +150,13 @@ class SampleSet(Dataset):
         self.samples, self.skipped, self.truncated = samples, skipped, truncated
         self.items = make_units(samples, unit)
 
+    def say_left_out(self, path: str | Path, file) -> None:
+        """How many rows were left out, and why."""
+        if self.skipped:
+            file.write(f"{path}: left out {_count(sum(self.skipped.values()), 'row')}\n")
+        for reason, count in self.skipped.most_common(10):
+            file.write(f"  {count:6d}  {reason}\n")
+
     def __len__(self):
         return len(self.items)
 
@@ -188,7 +199,9 @@ def load_samples(
     bad = {line for line, _, _ in problems}
     samples = [s for s in samples if s.line not in bad]
     if not samples:
-        raise DataError([*texts, f"{path}: no usable row"], n_rows)
+        n_long = sum(why == DROPPED for _, _, why in problems)
+        why = f": {n_long} of {n_rows} have more than data.max_length tokens" if n_long else ""
+        raise DataError([*texts, f"{path}: no usable row{why}"], n_rows)
     for sample, group in zip(samples, dense_groups(samples), strict=True):
         sample.columns["group"] = group
     if advantage is not None:
@@ -244,7 +257,7 @@ def _finish_rows(pending, tokenizer, settings, names, samples, problems) -> int:
     if not pending:
         return 0
     truncated = 0
-    texts = [_texts(row, tokenizer) for _, _, row in pending]
+    pending, texts = _rendered(pending, tokenizer, problems)
     prompts = iter(_encode(tokenizer, [p for p, _, special in texts if special], True))
     plain = iter(_encode(tokenizer, [p for p, _, special in texts if not special], False))
     endings = _encode(tokenizer, [c for _, c, _ in texts], False)
@@ -277,6 +290,26 @@ def _eos(tokenizer, settings) -> list[int]:
         if settings.append_eos and tokenizer.eos_token_id is not None
         else []
     )
+
+
+def _rendered(pending, tokenizer, problems) -> tuple[list, list]:
+    """The rows that have texts, and these; a conversation that the chat template refuses is a
+    problem of its row.
+    """
+    from jinja2 import TemplateError
+
+    rows, texts = [], []
+    for line, side, row in pending:
+        try:
+            texts.append(_texts(row, tokenizer))
+        except (ValueError, TemplateError) as error:
+            why = f"the tokenizer's chat template refuses it: {error}"
+            if not tokenizer.chat_template:
+                why = "the tokenizer has no chat template; give prompt and completion instead"
+            problems.append((line, pairs.public_name("messages", side), why))
+        else:
+            rows.append((line, side, row))
+    return rows, texts
 
 
 def _texts(row: dict, tokenizer) -> tuple[str, str, bool]:

@@ -32,6 +32,17 @@ def vocabulary(model) -> int:
         return Head.of(model).tensors().weight.shape[0]
 
 
+def outside_embedding(samples: list, model) -> list[tuple[int, str, str]]:
+    """(line, column, why) of samples with a token that the model has no embedding for."""
+    size = model.get_input_embeddings().weight.shape[0]
+    why = (
+        f"outside the model's {size} embeddings, which its tokenizer exceeds: resize the model, or "
+        "take the tokenizer that it was trained with"
+    )
+    tops = ((s.line, max(s.ids)) for s in samples)
+    return [(line, "tokens", f"token {top} is {why}") for line, top in tops if top >= size]
+
+
 @dataclass(frozen=True, eq=False)
 class FixedModels:
     """`ref` and `teacher`, each a causal LM or None, frozen and in eval mode once made."""

@@ -16,6 +16,7 @@ LOGPS = ("old_logps", "behavior_logps", "ref_logps")
 TEXTS = ("text", "prompt", "completion", "messages", "prompt_ids", "completion_ids")
 OPTIONAL = (*LOGPS, "advantages", "reward", "group")  # always checked where they are given
 KNOWN = (*TEXTS, *OPTIONAL)
+FLOAT32_MAX = 3.4028234663852886e38
 TOLERANCE = 1e-3  # a log-prob computed in bf16 may round above 0 by this much
 
 
@@ -82,9 +83,12 @@ def check_sample(
     if cut and isinstance(sample.columns.get("ref_logps"), int | float):
         found.append(("ref_logps", "a sum over all tokens, but max_length cuts some: give a list"))
     if len(sample.ids) > max_length and too_long == "error":
-        why = f"{len(sample.ids)} tokens, the limit is {max_length}; data.too_long can cut or drop"
+        why = (
+            f"{len(sample.ids)} tokens, the limit is {max_length}; raise it (data.max_length, "
+            "score --max-length), or let data.too_long cut or drop"
+        )
         found.append(("max_length", why))
-    elif sample.n_prompt >= max_length:
+    elif sample.n_prompt >= max_length and too_long == "truncate":
         found.append(("prompt", f"{sample.n_prompt} tokens fill max_length {max_length}"))
     return found
 
@@ -139,7 +143,7 @@ def _check_text(row: dict) -> list[tuple[str, str]]:
     if "messages" in kinds:
         found += _check_messages(row["messages"])
     if not kinds:
-        hint = nearest("completion", row)
+        hint = nearest("completion", _unknown(row))
         found.append(
             (
                 "completion",
@@ -150,12 +154,17 @@ def _check_text(row: dict) -> list[tuple[str, str]]:
         found.append(("text", f"given beside {kinds[1]}; a row has one of them"))
     elif kinds[0] in ("completion", "completion_ids"):
         if row.get("prompt") is None and row.get("prompt_ids") is None:
-            found.append(("prompt", f"missing{nearest('prompt', row)}"))
+            found.append(("prompt", f"missing{nearest('prompt', _unknown(row))}"))
         if not row[kinds[-1]]:
             found.append((kinds[-1], "empty; there is nothing to train on"))
     elif kinds[0] == "text" and not row["text"]:
         found.append(("text", "empty; there is nothing to train on"))
     return found
+
+
+def _unknown(row: dict) -> list[str]:
+    """Columns that a misspelt name may hide in."""
+    return [k for k, v in row.items() if v is not None and k not in KNOWN]
 
 
 def _check_messages(messages) -> list[tuple[str, str]]:
@@ -179,8 +188,10 @@ def _check_messages(messages) -> list[tuple[str, str]]:
 def _check_number(name: str, value) -> list[tuple[str, str]]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return [(name, f"expected a number, got {value!r}")]
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return [(name, f"{value} is not a finite number")]
+    if abs(value) > FLOAT32_MAX:
+        return [(name, f"beyond {FLOAT32_MAX:.1e}, the largest number that training can read")]
     return []
 
 

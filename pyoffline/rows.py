@@ -9,44 +9,62 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+
+class UnreadableFileError(ValueError):
+    """The file itself cannot be read, or is of another kind. Nothing was started."""
+
+
 Row = tuple[int, dict | None, str | None]  # line (from 1), the row, or why there is none
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield (line, row, error). Blank lines of a JSONL file are passed over. ValueError: not a
-    file, unknown kind.
+    """Yield (line, row, error). Blank lines of a JSONL file are passed over. UnreadableFileError:
+    not a file, unknown kind, or the disk says no.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected JSONL (.jsonl) or Parquet (.parquet)")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UnreadableFileError(
+            f"{path}: {what}; expected a JSONL (.jsonl) or Parquet (.parquet) file"
+        )
     if path.suffix == ".parquet":
         return _parquet(path)
     if path.suffix in (".jsonl", ".ndjson"):
         return _jsonl(path)
-    raise ValueError(
+    raise UnreadableFileError(
         f"{path}: expected a name that ends in .jsonl or .parquet, got {path.suffix or 'no suffix'}"
     )
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield line, None, f"not UTF-8 at byte {error.start + 1} of the line"
-            except json.JSONDecodeError as error:
-                yield line, None, f"not JSON: {error.msg} at column {error.colno}"
-            except RecursionError:
-                yield line, None, "not JSON that can be read: nested too deep"
-            else:
-                good = isinstance(row, dict)
-                yield (
-                    line,
-                    row if good else None,
-                    None if good else f"expected an object, got {type(row).__name__}",
-                )
+    try:
+        with path.open("rb") as file:
+            yield from _json_rows(file)
+    except OSError as error:
+        why = error.strerror or error
+        raise UnreadableFileError(f"{path}: cannot be read: {why}") from None
+
+
+def _json_rows(file) -> Iterator[Row]:
+    for line, raw in enumerate(file, 1):
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield line, None, f"not UTF-8 at byte {error.start + 1} of the line"
+        except json.JSONDecodeError as error:
+            yield line, None, f"not JSON: {error.msg} at column {error.colno}"
+        except RecursionError:
+            yield line, None, "not JSON that can be read: nested too deep"
+        except ValueError as error:  # an integer of more than 4,300 digits
+            yield line, None, f"not JSON that can be read: {error}"
+        else:
+            good = isinstance(row, dict)
+            yield (
+                line,
+                row if good else None,
+                None if good else f"expected an object, got {type(row).__name__}",
+            )
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -61,4 +79,4 @@ def _parquet(path: Path) -> Iterator[Row]:
                     line += 1
                     yield line, row, None
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from None
+        raise UnreadableFileError(f"{path}: not a readable Parquet file: {error}") from None

@@ -29,6 +29,10 @@ class DamagedCheckpointError(CheckpointError):
     """The checkpoint to start from is not what was written. Nothing was started."""
 
 
+class OtherRunError(CheckpointError):
+    """The checkpoint to start from is of another model or optimizer. Nothing was started."""
+
+
 class FolderInUseError(CheckpointError):
     """The run's folder cannot be written, or another run writes there. Nothing was started."""
 

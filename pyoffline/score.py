@@ -6,6 +6,7 @@ stored. Not here: reading and checking rows (data.py), the log-probs
 (logps.py).
 """
 
+import base64
 import json
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pyoffline.config import ConfigError, DataConfig, ModelConfig
-from pyoffline.data import Needs, Sample, load_samples
+from pyoffline.data import DataError, Needs, Sample, load_samples
 from pyoffline.pairs import SIDES
 from pyoffline.row_checks import LOGPS
 from pyoffline.rows import read_rows
@@ -44,7 +45,7 @@ class ScoreSettings:
 
 def run_score(settings: ScoreSettings) -> int:
     """Score a file; returns the number of rows written. ConfigError, DataError: nothing was."""
-    from pyoffline.fixed_models import vocabulary
+    from pyoffline.fixed_models import outside_embedding, vocabulary
     from pyoffline.training import load_model, load_tokenizer
 
     problems = []
@@ -60,6 +61,7 @@ def run_score(settings: ScoreSettings) -> int:
     other = settings.column != "ref_logps" or settings.log_sum_p2 or settings.teacher_topk
     if paired and other:
         problems.append("--column: rows with chosen and rejected take ref_logps only")
+    problems += [] if problems else _unwritable(settings.output)
     if problems:
         raise ConfigError("pyoffline score", problems)
     tokenizer = load_tokenizer(settings.model)
@@ -68,15 +70,34 @@ def run_score(settings: ScoreSettings) -> int:
     )
     needs = Needs(unit="pair" if paired else "row")
     data = load_samples(settings.samples, tokenizer, config, needs)
-    if data.skipped:
-        sys.stderr.write(f"{settings.samples}: left out {sum(data.skipped.values())} rows\n")
+    data.say_left_out(settings.samples, sys.stderr)
     model = load_model(settings.model)
     size = vocabulary(model)
     if settings.teacher_topk and settings.teacher_topk > size:
         problem = f"--teacher-topk: expected at most {size}, the model's vocabulary"
         raise ConfigError("pyoffline score", [f"{problem}, got {settings.teacher_topk}"])
+    outside = outside_embedding(data.samples, model)
+    if outside:
+        problems = [f"{settings.samples}:{line}: {where}: {why}" for line, where, why in outside]
+        raise DataError(problems, len(data.samples))
     scores = score_statistics(model, data.samples, settings.batch, settings.teacher_topk)
     return _write(settings, data.samples, scores)
+
+
+def _unwritable(output: Path) -> list[str]:
+    """Found before the model runs, not after."""
+    temporary = _beside(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        return [f"--output: {output} cannot be written: {error.strerror or error}"]
+    return []
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(output.name + ".tmp")
 
 
 def _is_paired(path: Path) -> bool:
@@ -131,19 +152,27 @@ def _write(settings: ScoreSettings, samples: list[Sample], scores: list[dict]) -
     scored: dict[int, list] = {}
     for sample, values in zip(samples, scores, strict=True):
         scored.setdefault(sample.line, []).append((sample, values))
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = settings.output.with_name(settings.output.name + ".tmp")
+    temporary = _beside(settings.output)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for line, row, _ in read_rows(settings.samples):
                 if line in scored:
-                    file.write(json.dumps(_scored_row(settings, row, scored[line])) + "\n")
+                    row = _scored_row(settings, row, scored[line])
+                    file.write(json.dumps(row, default=_as_json) + "\n")
         temporary.replace(settings.output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         why = error.strerror or error
         raise OSError(f"{settings.output} could not be written, nothing is left: {why}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(scored)
+
+
+def _as_json(value):
+    """Parquet's kinds that JSON has not, in a column that is passed on: bytes as base64, dates and
+    decimals as text.
+    """
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _scored_row(settings: ScoreSettings, row: dict, parts: list) -> dict:

@@ -21,6 +21,11 @@ def aligned_labels(batch: dict) -> Tensor:
     """
     if "shift_labels" in batch:
         return batch["shift_labels"]
+    if "labels" not in batch:
+        raise ValueError(
+            f"the batch has no labels, only {', '.join(sorted(batch))}: a data collator makes them "
+            "(pyoffline.collate.Collator, or transformers' DataCollatorForLanguageModeling)"
+        )
     return shift_labels(batch["labels"], sequence_ids=batch.get("sequence_ids"))
 
 

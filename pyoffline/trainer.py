@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pyoffline.backends import use_backend
 from pyoffline.checkpoint import SafeCheckpoints
+from pyoffline.compose import Objective
 from pyoffline.coupled_program import metric_names
 from pyoffline.distill import linear_distill_loss
 from pyoffline.divergences import Divergence
@@ -39,6 +40,8 @@ from pyoffline.units import program_of, refuse_mixed_weights, unit_weights, weig
 
 __all__ = ["NonFiniteGradientError", "OfflineConfig", "OfflineTrainer"]
 
+# Arguments of transformers.Trainer that are called with logits.
+LOGITS_READERS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 UNIT_MEANS = {"sequence", "pair", "group"}
 
 
@@ -86,6 +89,12 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             raise ValueError(
                 "one process sees several GPUs (DataParallel); start one a GPU with torchrun"
             )
+        reads_logits = {name for name in LOGITS_READERS if kwargs.get(name) is not None}
+        if reads_logits:
+            raise ValueError(
+                f"{', '.join(sorted(reads_logits))}: there are no logits for it to read; metrics "
+                "come from the objective, or override evaluation_loop"
+            )
         super().__init__(model=model, args=args, **kwargs)
         config = getattr(self.model, "config", None)
         if getattr(config, "output_router_logits", False):
@@ -101,6 +110,16 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
 
     def _bind(self, ref_model, teacher_model) -> None:
         """What follows from the objective and the models; raises now, not at the first step."""
+        if not isinstance(self.objective, Objective | Divergence):
+            raise TypeError(
+                "objective: expected an objective such as po.PPOClip(0.2, 0.28), got "
+                f"{self.objective!r}"
+            )
+        try:
+            with self._settings():
+                pass
+        except RuntimeError as error:  # now, not at the first step
+            raise ValueError(f"backend: {error}") from None
         self._weighs = weighs_of(self.objective)
         refuse_mixed_weights(self.objective, self.args.aggregation)
         self._unit_metrics = frozenset(metric_names(program_of(self.objective).codes))
@@ -113,6 +132,8 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, each with its share of the step's weights."""
+        if self.at_end:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = list(itertools.islice(epoch_iterator, num_batches))
         return batches, self._add_weights(batches).to(device) if batches else None
 

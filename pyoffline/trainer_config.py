@@ -10,6 +10,19 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from pyoffline.aggregate import ALIASES, MODES
+from pyoffline.backends import NAMES
+
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "seed": 0,
+    "weight_decay": 0,
+    "memory_budget_mib": 1,
+    "horizon": 1,
+}
 
 
 @dataclass
@@ -42,13 +55,9 @@ class OfflineConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        known = ("auto", *MODES, *ALIASES)
-        if self.aggregation not in known:
-            raise ValueError(f"aggregation: {self.aggregation!r} is not one of {', '.join(known)}")
-        if self.memory_budget_mib is not None and self.memory_budget_mib < 1:
-            raise ValueError(
-                f"memory_budget_mib: expected at least 1, got {self.memory_budget_mib}"
-            )
+        wrong = [*self._choices(), *self._numbers()]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         refused = {
             "label_smoothing_factor": "use the objective NLL(label_smoothing=...)",
             "torch_compile": "compile the base model yourself",
@@ -59,3 +68,31 @@ class OfflineConfig(TrainingArguments):
         for name, why in refused.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported here: {why}")
+
+    def _choices(self):
+        """What is wrong with the names."""
+        for name, known in (
+            ("aggregation", ("auto", *MODES, *ALIASES)),
+            ("backend", ("auto", *NAMES)),
+        ):
+            if getattr(self, name) not in known:
+                yield f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}"
+        mode = MODES.get(ALIASES.get(self.aggregation, self.aggregation))
+        if mode is not None and mode.horizon and self.horizon is None:
+            yield (
+                f"horizon: aggregation {self.aggregation} divides by it, and micro-batches have "
+                "no common length: give a number of tokens"
+            )
+        if self.horizon is not None and not (mode is not None and mode.horizon):
+            yield f"horizon: aggregation {self.aggregation} divides by none; leave it out"
+
+    def _numbers(self):
+        """What is wrong with the numbers that transformers takes and no run survives, or that end
+        one at step 0.
+        """
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                yield f"{name}: expected at least {least}, got {value}"
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            yield f"num_train_epochs: expected more than 0, got {self.num_train_epochs}"

@@ -7,6 +7,7 @@ Not here: reading the configuration (config.py), the command line (cli.py).
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -14,7 +15,8 @@ from tqdm.auto import tqdm
 from pyoffline import run_folder
 from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
 from pyoffline.config_objective import REWARD
-from pyoffline.data import Needs, SampleSet, load_samples
+from pyoffline.data import DataError, Needs, SampleSet, load_samples
+from pyoffline.fixed_models import outside_embedding
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ def run_training(
     ConfigError, DataError: nothing was started. NonFiniteGradientError: stopped before the
     optimiser step.
     """
+    import torch
     import transformers
 
     from pyoffline.trainer_config import OfflineConfig
 
     transformers.utils.logging.disable_progress_bar()
-    args = OfflineConfig(**(config.trainer | {"disable_tqdm": True}))
+    pin = {"dataloader_pin_memory": torch.cuda.is_available()}  # torch warns where there is no GPU
+    args = OfflineConfig(**(pin | config.trainer | {"disable_tqdm": True}))
     run = Path(args.output_dir)
     sole = run_folder.sole_run(run) if args.should_save and not check_only else nullcontext()
     with sole:
@@ -118,7 +122,7 @@ def load_model(model: ModelConfig, key: str = "model.path", kind: str = "causal"
         made, options = AutoModelForSequenceClassification, options | {"num_labels": 1}
     try:
         return made.from_pretrained(model.path, dtype=getattr(torch, model.dtype), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         problem = f"no model could be loaded: {error}"
         raise ConfigError(f"{key} {model.path}", [problem]) from None
 
@@ -127,6 +131,8 @@ def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None
     """Both sets and what batches carry. Says on stderr what was left out."""
     objective = build_objective(config)
     needs = Needs.of(objective, config.advantage, config.models)
+    if config.trainer.get("aggregation") in ("prompt-mean", "prompt_mean"):
+        needs = replace(needs, columns=needs.columns | {"group"}, keep=needs.keep | {"group"})
     sets = []
     for name, path in (("train", config.data.train), ("eval", config.data.eval)):
         if path is None:
@@ -135,17 +141,12 @@ def load_data(config: RunConfig, tokenizer) -> tuple[SampleSet, SampleSet | None
         data = load_samples(
             path, tokenizer, config.data, needs, config.advantage, _bar(f"read {name}")
         )
-        if data.skipped:
-            sys.stderr.write(f"{path}: left out {sum(data.skipped.values())} rows\n")
-            for reason, count in data.skipped.most_common(10):
-                sys.stderr.write(f"  {count:6d}  {reason}\n")
+        data.say_left_out(path, sys.stderr)
         if data.truncated:
             sys.stderr.write(
                 f"{path}: cut {data.truncated} rows to {config.data.max_length} tokens\n"
             )
         sets.append(data)
-    if config.trainer.get("aggregation") in ("prompt-mean", "prompt_mean"):
-        needs = replace(needs, keep=needs.keep | {"group"})
     return sets[0], sets[1], needs
 
 
@@ -158,6 +159,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     from pyoffline.reward_trainer import RewardTrainer
     from pyoffline.trainer import OfflineTrainer
 
+    check_ids(config, data, model)
     train, evaluation, needs = data
     pad = (
         tokenizer.pad_token_id
@@ -180,35 +182,37 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
         ],
     }
     if config.loss == "stock":
-        trainer = stock_trainer()(**common)
+        made = stock_trainer()
     elif config.objective["name"] == REWARD:
         model.config.pad_token_id = pad  # its forward scores the last token before these
-        trainer = RewardTrainer(objective=build_objective(config), **common)
+        made = partial(RewardTrainer, objective=build_objective(config))
     else:
-        check_teacher_ids(config, data, model)
         fixed = {n: load_model(getattr(config, n), f"{n}.path") for n in sorted(config.models)}
-        try:
-            trainer = OfflineTrainer(objective=build_objective(config), **common, **fixed)
-        except ValueError as error:
-            raise ConfigError("the run", [str(error)]) from None
+        made = partial(OfflineTrainer, objective=build_objective(config), **fixed)
+    try:
+        trainer = made(**common)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError("the run", [str(error)]) from None
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer, stop
 
 
-def check_teacher_ids(config: RunConfig, data, model) -> None:
-    """DataError for ids of a cached teacher that the model's head does not have."""
+def check_ids(config: RunConfig, data, model) -> None:
+    """DataError for ids that the model has no embedding for, and ids of a cached teacher that its
+    head does not have.
+    """
     from pyoffline import teacher_columns
-    from pyoffline.data import DataError
     from pyoffline.fixed_models import vocabulary
 
-    if teacher_columns.IDS not in data[2].columns:
-        return
-    problems, rows, size = [], 0, vocabulary(model)
+    problems, rows = [], 0
     for samples, path in ((data[0], config.data.train), (data[1], config.data.eval)):
-        if samples is not None:
-            rows += len(samples.samples)
-            found = teacher_columns.outside(samples.samples, size)
-            problems += [f"{path}:{line}: {name}: {why}" for line, name, why in found]
+        if samples is None:
+            continue
+        rows += len(samples.samples)
+        found = outside_embedding(samples.samples, model)
+        if teacher_columns.IDS in data[2].columns:
+            found += teacher_columns.outside(samples.samples, vocabulary(model))
+        problems += [f"{path}:{line}: {name}: {why}" for line, name, why in found]
     if problems:
         raise DataError(problems, rows)
 
@@ -241,6 +245,12 @@ def _checkpoint(run: Path, resume: bool, write: bool) -> str | None:
         problem = (
             f"trainer.output_dir has {found.name} of an earlier run: pass --resume to go on from "
             "it, choose another folder, or delete that one"
+        )
+        raise ConfigError(str(run), [problem])
+    if not resume and write and (run / "final").exists():
+        problem = (
+            "trainer.output_dir has the model of an earlier run (final): choose another folder, or "
+            "delete that one"
         )
         raise ConfigError(str(run), [problem])
     return str(found) if resume else None

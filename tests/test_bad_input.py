@@ -301,6 +301,6 @@ def test_skip_bad_trains_on_the_other_rows(tmp_path, folder, capsys):
     rows = single_rows()
     rows[2] |= BAD_TOP_K["above 1"][0]
     code, events = train(write_config(tmp_path, folder, rows, objective=JSD), "--skip-bad")
-    assert code == 0 and "left out 1 rows" in capsys.readouterr().err
+    assert code == 0 and "left out 1 row\n" in capsys.readouterr().err
     tokens = sum(len(row["completion_ids"]) for i, row in enumerate(rows) if i != 2)
     assert next(row for row in events if row["event"] == "train")["num_tokens"] == tokens

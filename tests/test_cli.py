@@ -233,7 +233,7 @@ def test_bad_data_exits_2_before_step_0_and_skip_bad_goes_on(tmp_path, model, ca
     assert "s.jsonl:9: reward: nan is not a finite number" in capsys.readouterr().err
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     assert cli.main(["train", str(path), "--skip-bad"]) == 0
-    assert "left out 1 rows" in capsys.readouterr().err
+    assert "left out 1 row\n" in capsys.readouterr().err
 
 
 def test_a_non_finite_gradient_exits_3(tmp_path, model, capsys):

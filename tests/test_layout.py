@@ -30,8 +30,8 @@ LAYERS = {
     4: "backends ops autograd token_losses flatten metrics coupled_ops flatten_coupled teachers"
     " distill_ops",
     6: "__init__",
-    7: "config config_objective rows row_checks teacher_columns fixed_models reward_trainer"
-    " data collate step_weights training checkpoint callbacks trainer"
+    7: "config config_file config_objective rows row_checks teacher_columns fixed_models"
+    " reward_trainer data collate step_weights training checkpoint callbacks trainer"
     " data_advantages pairs units run_folder trainer_config score doctor cli __main__",
 }
 BY_NAME = ("reference", "cpu", "triton_backend", "cuda_backend")

@@ -18,7 +18,8 @@ from pyoffline.callbacks import JsonlCallback  # noqa: E402
 from pyoffline.collate import Collator  # noqa: E402
 from pyoffline.step_weights import step_weights  # noqa: E402
 from pyoffline.token_objectives import KL, NLL, Entropy, PPOClip  # noqa: E402
-from pyoffline.trainer import NonFiniteGradientError  # noqa: E402
+from pyoffline.trainer import NonFiniteGradientError, OfflineTrainer  # noqa: E402
+from pyoffline.trainer_config import OfflineConfig  # noqa: E402
 
 
 class Gradients(transformers.TrainerCallback):
@@ -351,3 +352,21 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 if __name__ == "__main__":  # a rank of launch_two_ranks
     ranks_stop(sys.argv[1]) if "stop" in sys.argv else ranks_run(sys.argv[1], 2, 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"]
+)
+def test_a_function_of_logits_raises_and_is_not_left_uncalled(tmp_path, name):
+    options = OfflineConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=f"{name}: there are no logits"):
+        OfflineTrainer(tiny_model(), options, **{name: lambda *args: {}})
+
+
+def test_an_objective_by_name_and_a_batch_without_labels_are_explained(tmp_path):
+    options = OfflineConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="expected an objective such as po.PPOClip"):
+        OfflineTrainer(tiny_model(), options, "ppo_clip")
+    trainer = OfflineTrainer(tiny_model(), options)
+    with pytest.raises(ValueError, match="no labels, only input_ids: a data collator makes them"):
+        trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})

@@ -9,6 +9,7 @@ weights and see the same batches in the same order. Not here: the figure (figure
 import functools
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -151,7 +152,10 @@ def prepare_model(settings: NumbersSettings) -> int:
 def write_config(
     settings: NumbersSettings, name: str, loss: str, data: str = "train.jsonl"
 ) -> Path:
-    """CONFIG.yaml of one run; the two of a pair differ in `loss` and in the output folder."""
+    """CONFIG.yaml of one run; the two of a pair differ in `loss` and in the output folder, which is
+    made anew.
+    """
+    shutil.rmtree(settings.output / name, ignore_errors=True)
     config = {
         "model": str(settings.output / "model"),
         "data": {
@@ -184,8 +188,6 @@ def write_config(
 
 def train(settings: NumbersSettings, name: str, loss: str) -> None:
     """`pyoffline train` in a fresh process; its progress bar goes to this terminal."""
-    metrics = settings.output / name / "metrics.jsonl"
-    metrics.unlink(missing_ok=True)
     path = write_config(settings, name, loss)
     command = [sys.executable, "-m", "pyoffline", "train", str(path), "--quiet"]
     # our own interpreter and module
