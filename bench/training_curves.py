@@ -4,7 +4,7 @@ The same tiny Llama, rows, order and AdamW; what differs is the loss and the ari
 losses (fp64, on held-out rows) must lie within the spread of the reference over five seeds. Prints
 a table and writes JSON:
 
-    python bench/training_curves.py --output bench/results/cpu/training_curves.json
+    python bench/training_curves.py --output bench/results/training_curves-cpu.json
 
 Not here: time and memory (`pyoffline bench`).
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyoffline.benchmarks import cli, memory, ops, plot, report, row_pass
+from pyoffline.benchmarks import cli, memory, ops, overview, plot, report, row_pass
 from pyoffline.benchmarks.check import Check, check, pick_rows
 from pyoffline.benchmarks.device import by_clock
 from pyoffline.benchmarks.floor import GEMMS, Floor
@@ -307,6 +307,21 @@ def test_plot_is_written(record, tmp_path):
     path = tmp_path / "bench.png"
     plot.draw([record], path)
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_committed_is_read_and_drawn_line_by_line(tmp_path, capsys):
+    """The command of bench/results/README.md: every op and shape is one line of the figure."""
+    pytest.importorskip("matplotlib")
+    files = sorted((Path(__file__).parents[1] / "bench" / "results" / "cpu").glob("*.json"))
+    figure = tmp_path / "bench.png"
+    cli.run(_parse("--load", *map(str, files), "--plot", str(figure)))
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    records = [r for path in files for r in report.read(path)]
+    lines = overview.lines_of(records)
+    assert len(records) > cli.MANY and len(lines) > 10
+    assert set(lines) <= {(r["op"], tuple(r["shape"]), r["dtype"]) for r in records}
+    measured = sum(len(plot.bars(r)) for r in records)
+    assert sum(map(len, lines.values())) == measured
 
 
 # Memory ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "bench" / "results" / "cpu" / "training_curves.json"
+RESULT = ROOT / "bench" / "results" / "training_curves-cpu.json"
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ examples:
 """
 DEFAULT_OP = "linear_policy_loss"
 DEFAULT_SHAPE = {"cpu": "1024,896,151936", "cuda": "4096,4096,128256"}
+MANY = 6  # records in bars, one above the other; more are drawn as an overview
 DEFAULT_FOLDER = {"cpu": "bench/results/cpu", "cuda": "bench/results/gpu"}
 
 
@@ -133,7 +134,7 @@ def keep(args, records: list[dict]) -> None:
 
 def run(args) -> int:
     """The command; 1 when a bar or a check failed."""
-    from pyoffline.benchmarks import plot, report
+    from pyoffline.benchmarks import overview, plot, report
 
     if args.load:
         records = [r for name in args.load for r in report.read(Path(name))]
@@ -142,7 +143,8 @@ def run(args) -> int:
     else:
         records = measure(args)
     if args.plot:
-        plot.draw(records, Path(args.plot))
+        draw = plot.draw if len(records) <= MANY else overview.draw_overview
+        draw(records, Path(args.plot))
         print(f"wrote {args.plot}")
     failed = report.failures(records)
     if failed:

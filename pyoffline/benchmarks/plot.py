@@ -1,5 +1,6 @@
 """A bar chart of records: time over the floor and extra memory, ours and peers, one row per op and
-shape."""
+shape. Not here: many records in one figure (overview.py).
+"""
 
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def _panel(axis, names, values, unit: str, digits: str) -> None:
     axis.set_xlim(0, 1.25 * top)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def place(records: list[dict]) -> str:
+    """Where and when the first record was taken, to follow other words."""
+    device = records[0].get("device")
+    if not device:
+        return ""
+    return f"; {device['model']}, {records[0]['threads']} threads, {records[0]['date'][:10]}"
 
 
 def draw(records: list[dict], path: Path) -> None:
@@ -76,10 +85,7 @@ def draw(records: list[dict], path: Path) -> None:
             words = f"bar of the default budget: {max(limits):.0f} MiB (dashed)"
             right.set_title(words, loc="left", fontsize=9, color=BAR_LINE)
         right.set_visible(any(m is not None for _, _, m in lines))
-    device = records[0].get("device")
-    if device:
-        where = f"{device['model']}, {records[0]['threads']} threads, {records[0]['date'][:10]}"
-        figure.suptitle(where, fontsize=9)
+    figure.suptitle(place(records).lstrip("; "), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
