@@ -6,6 +6,7 @@ Not here: TensorBoard (transformers' own callback, `trainer.report_to: tensorboa
 
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -135,6 +136,25 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+class WorkerStart:
+    """Start of a data loader's worker, after `before`: a SIGTERM to the whole group (a scheduler's)
+    does not end it while the trainer finishes its step, and ends it once `quits` is set.
+    """
+
+    def __init__(self, before, quits):
+        self.before, self.quits = before, quits
+
+    def __call__(self, worker):
+        if self.before is not None:
+            self.before(worker)
+        signal.signal(signal.SIGTERM, self._end)  # torch's own handler ends the worker at once
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def _end(self, number, frame):
+        if self.quits.value:
+            os._exit(128 + number)
+
+
 class StoppedInEvaluation(Exception):
     """A signal came while an evaluation ran; the step before it is complete."""
 
@@ -151,6 +171,26 @@ class StopCallback(TrainerCallback):
         self.stopped_by = None
         self._before: dict = {}
         self._pid = os.getpid()
+        self._quits = multiprocessing.RawValue("b", 0)  # shared with the loaders' workers
+
+    def keep_workers(self, loader):
+        """The loader, whose workers outlive a SIGTERM until training has ended."""
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper iterates its own
+        if inner.num_workers == 0 or isinstance(inner.worker_init_fn, WorkerStart):
+            return loader
+        inner.worker_init_fn = WorkerStart(inner.worker_init_fn, self._quits)
+        start = inner._get_iterator
+
+        def started():
+            """Workers are born with SIGTERM held back, until they have their handler."""
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                return start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        inner._get_iterator = started
+        return loader
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -178,5 +218,6 @@ class StopCallback(TrainerCallback):
 
     def restore(self) -> None:
         """Give the signals back; also called when training raised."""
+        self._quits.value = 1
         while self._before:
             signal.signal(*self._before.popitem())

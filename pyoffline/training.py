@@ -194,7 +194,19 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError("the run", [str(error)]) from None
     trainer.remove_callback(transformers.PrinterCallback)
+    _keep_workers(trainer, stop)
     return trainer, stop
+
+
+def _keep_workers(trainer, stop) -> None:
+    """The trainer's loaders keep their workers through a SIGTERM of the whole group."""
+    for name in ("get_train_dataloader", "get_eval_dataloader"):
+        made = getattr(trainer, name)
+        setattr(trainer, name, partial(_kept, stop, made))
+
+
+def _kept(stop, made, *args, **kwargs):
+    return stop.keep_workers(made(*args, **kwargs))
 
 
 def check_ids(config: RunConfig, data, model) -> None:

@@ -4,18 +4,22 @@ none, and goes on bitwise, in mid-epoch, with dropout, gradient accumulation and
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 transformers = pytest.importorskip("transformers")
 
 from trainer_cases import make_trainer, samples, tiny_model  # noqa: E402
 
+from pyoffline.callbacks import StopCallback  # noqa: E402
 from pyoffline.checkpoint import load_optimizer  # noqa: E402
 from pyoffline.token_objectives import NLL  # noqa: E402
 
@@ -139,3 +143,34 @@ def test_t2_signals_at_random_moments(tmp_path):
         saved = "stopping after this step" in row["log"] and not row["twice"]
         assert not saved or row["code"] == 0 or row["step"] > 0, row
     assert sum(row["code"] != 0 for row in rows) >= 5
+
+
+def test_t2_a_sigterm_to_the_group_leaves_the_workers_until_training_has_ended():
+    """A scheduler's signal reaches the workers first: they serve the step that is being finished,
+    and end by the same signal afterwards.
+    """
+    stop = StopCallback()
+    loader = stop.keep_workers(DataLoader(Slow(), batch_size=1, num_workers=1))
+    assert stop.keep_workers(loader) is loader
+    batches = iter(loader)
+    assert next(batches).item() == 0
+    worker = batches._workers[0]
+    os.kill(worker.pid, signal.SIGTERM)
+    assert [x.item() for x in batches] == [1, 2, 3]
+
+    batches = iter(loader)
+    worker = batches._workers[0]
+    assert next(batches).item() == 0
+    stop.restore()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(20)
+    assert worker.exitcode == 128 + signal.SIGTERM
+
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        time.sleep(0.05)
+        return i
