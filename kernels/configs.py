@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 GROUPS_PER_THREAD = 4
+ROW_UNIT = 16  # elements: rows of the library's own [C, V] buffer start, and are padded, to these
 # Every launch says that a product and a sum may become one FMA: Triton 3.9 warns where it is left
 # open, and 3.10 changes what that means.
 FMA = {"enable_fp_fusion": True}

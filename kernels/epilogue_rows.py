@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.configs import FMA, epilogue_config
+from pyoffline.kernels.configs import FMA, ROW_UNIT, epilogue_config
 from pyoffline.kernels.launch import alignment, device_of
 from pyoffline.kernels.row_finish import load_or, row_transform
-from pyoffline.kernels.score_rows import STORE_UNIT, Scoring
+from pyoffline.kernels.score_rows import Scoring
 from pyoffline.objectives import TABLE
 from pyoffline.program import CUSTOM_CODE
 
@@ -66,7 +66,7 @@ def serves(call) -> bool:
 
 
 def epilogue_rows(hidden, weight, rows, outputs, flag, exps, config=None):
-    """Fill exps [C, V] (rows at multiples of 32 bytes) and outputs; returns F [C] fp32, with which
+    """Fill exps [C, V] (rows padded to ROW_UNIT, and the padding) and outputs; returns F [C] fp32:
     dlogits = F[:, None] * exps. Arguments as for `score_rows.Scoring`.
     """
     count, dim = hidden.shape
@@ -80,7 +80,7 @@ def epilogue_rows(hidden, weight, rows, outputs, flag, exps, config=None):
             rows.bias, rows.temperature, block.scalars, offset, LANES=OFFSET_LANES, num_warps=4,
             **FMA,
         )  # fmt: skip
-        stride = exps.stride(0) // STORE_UNIT.value
+        stride = exps.stride(0) // ROW_UNIT
         block.multiply((exps, offset), stride)
         block.finish((offset, factor, entry, late))
         block.multiply((exps, offset, late), stride)

@@ -25,7 +25,16 @@ from pyoffline.kernels.row_finish import (
     statistics,
     write_row,
 )
-from pyoffline.kernels.row_sums import LIFTED, LOG2_E, bent, load_u, load_y, places, sum_row
+from pyoffline.kernels.row_sums import (
+    LIFTED,
+    LOG2_E,
+    bent,
+    end_of_full_tiles,
+    load_u,
+    load_y,
+    places,
+    sum_row,
+)
 from pyoffline.kernels.scalar_ops import exp, expm1
 from pyoffline.objectives import TABLE
 
@@ -114,9 +123,7 @@ def gradient_row(
             sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP, WHOLE,
         )  # fmt: skip
         first = BLOCK
-    full = (high // BLOCK) * BLOCK
-    if SHIFTS:
-        full = tl.maximum(full, BLOCK)
+    full = end_of_full_tiles(high, BLOCK, SHIFTS)
     for start in range(first, full, BLOCK):
         gradient_tile(
             x_ptr, g_ptr, start + base, label, constants, sums, low, high, bias_ptr,

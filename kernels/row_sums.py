@@ -160,6 +160,15 @@ def fold_tile(
 
 
 @triton.jit
+def end_of_full_tiles(high, BLOCK: tl.constexpr, SHIFTS: tl.constexpr):
+    """Where the tiles that lie in the row as a whole end; the first is not one under SHIFTS."""
+    full = (high // BLOCK) * BLOCK
+    if SHIFTS:
+        full = tl.maximum(full, BLOCK)
+    return full
+
+
+@triton.jit
 def sum_row(
     row_ptr, low, high, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
@@ -179,9 +188,7 @@ def sum_row(
             BENDS, SIGNED, WANT_P2, WANT_GAP, True, GROUP, WHOLE,
         )  # fmt: skip
         first = BLOCK
-    full = (high // BLOCK) * BLOCK
-    if SHIFTS:
-        full = tl.maximum(full, BLOCK)
+    full = end_of_full_tiles(high, BLOCK, SHIFTS)
     for start in range(first, full, BLOCK):
         state = fold_tile(
             row_ptr, start + base, low, high, state, bias_ptr, class_weight_ptr, sign, inner,

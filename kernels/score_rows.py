@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pyoffline.kernels.configs import FMA, ScoreConfig, score_config
+from pyoffline.kernels.configs import FMA, ROW_UNIT, ScoreConfig, score_config
 from pyoffline.kernels.launch import alignment, device_of
 from pyoffline.kernels.row_factors import write_factors, write_zero_factors
 from pyoffline.kernels.row_finish import (
@@ -35,7 +35,7 @@ from pyoffline.objectives import TABLE
 # m, ones, tail, s, tail of squares, y of the label, sum u (y - m), sum u: 32 bytes, one L2 sector
 SUMS = 8
 FINISH_SPANS = 64  # spans that a program of the second kernel joins at a time
-STORE_UNIT: tl.constexpr = tl.constexpr(16)  # elements: rows of exponentials start and end there
+STORE_UNIT: tl.constexpr = tl.constexpr(ROW_UNIT)
 LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

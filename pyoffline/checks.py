@@ -48,9 +48,9 @@ def integer(name: str, x):
     return x
 
 
-def temperatures(name: str, x: Tensor | None, counted: Tensor) -> None:
+def temperatures(name: str, x: Tensor, counted: Tensor) -> None:
     """Positive where a row counts (on a CPU; a GPU is not asked). A NaN is left to show itself."""
-    if x is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = counted & (x <= 0)
     if bool(bad.any()):

@@ -62,6 +62,16 @@ class Kernels(Protocol):
     def empty(self, shape, dtype: torch.dtype, device) -> Tensor: ...
 
 
+class NoShortcuts:
+    """Of a backend whose logits are always stored, and then passed over row by row."""
+
+    def fold(self, call, hidden, rows, out, exps):
+        return None
+
+    def score(self, call, hidden, rows, out):
+        return False
+
+
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp16 gradients stay fp32 until the upstream gradient (a loss scale) is applied."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -315,13 +325,13 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
         cut = slice(start, stop)
         chunk = rows.map(lambda v, cut=cut: v[cut])
         results = part.map(lambda v, cut=cut: v[..., cut])
-        factor = k.fold(call, x, chunk, results, logits) if grad is not None else None
+        dlogits, factor = logits, None
+        if grad is not None:
+            factor = k.fold(call, x, chunk, results, logits)
         if factor is None:
             k.logits(call, x, u, logits)
             logits[size:].zero_()
             dlogits = k.row_pass(logits, chunk, results, grad, scale)
-        else:
-            dlogits = logits
         if dlogits is not None:
             grads.add(dlogits, x, u, (start, stop), stop == count, factor)
     loss = k.weighted_sum(part.loss, rows.weights)

@@ -13,7 +13,13 @@ import torch
 
 from pyoffline import _C, panel_gemm
 from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, RowOutputs, Rows
-from pyoffline.chunk_loop import WeightGrad, check_labels, power_of_two_scale, run_linear
+from pyoffline.chunk_loop import (
+    NoShortcuts,
+    WeightGrad,
+    check_labels,
+    power_of_two_scale,
+    run_linear,
+)
 from pyoffline.objectives import TABLE
 from pyoffline.plan import PlanSettings
 from pyoffline.program import CUSTOM_CODE, RowScalars, evaluate
@@ -117,7 +123,7 @@ def _score_block(plan: PlanSettings, count: int) -> int:
     return limit if plan.rows else math.ceil(count / math.ceil(count / limit))
 
 
-class CpuKernels:
+class CpuKernels(NoShortcuts):
     """The steps of the chunk loop on a CPU."""
 
     device = "cpu"
@@ -145,9 +151,6 @@ class CpuKernels:
             dlogits = logits if grad == logits.dtype else logits.view(grad)[:, : logits.shape[1]]
         run_rows(logits[:size], None if dlogits is None else dlogits[:size], rows, out, scale)
         return dlogits
-
-    def fold(self, call, hidden, rows, out, exps):
-        return None
 
     def score(self, call, hidden, rows, out):
         """Rows without gradient, their logits folded panel by panel over V and never stored."""

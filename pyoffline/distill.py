@@ -18,7 +18,7 @@ from pyoffline.distill_ops import linear_distill
 from pyoffline.divergences import DistillProgram, Divergence
 from pyoffline.flatten import check_all_read, flatten_head, flatten_tokens
 from pyoffline.head import Head
-from pyoffline.metrics import clip_metrics, token_metrics
+from pyoffline.metrics import token_metrics
 from pyoffline.plan import plan_list
 from pyoffline.records import LossOutput, TokenBatch, TokenStats
 from pyoffline.reference_head import with_reference
@@ -101,7 +101,7 @@ def linear_distill_loss(
     )
     loss, _, *rest = result[:10]
     rest = [r.detach() for r in rest]
-    metrics = token_metrics(flat, *rest[:5]) | clip_metrics(flat, program.objective, rest[0])
+    metrics = token_metrics(flat, program.objective, *rest[:5])
     metrics |= _metrics(flat, program, *rest[5:])
     return LossOutput(loss, TokenStats(*(r.reshape(shape) for r in rest[:5])), metrics)
 

@@ -22,7 +22,7 @@ from pyoffline.calls import (
     Rows,
     stats_dtype,
 )
-from pyoffline.chunk_loop import Kernels, run_linear
+from pyoffline.chunk_loop import Kernels, NoShortcuts, run_linear
 
 # How far above 1 a cached top-k may sum: rounding of the cached log-probs, by their dtype.
 EXCESS = {2: 2.0**-6, 4: 1e-3, 8: 1e-3}
@@ -96,8 +96,10 @@ class TeacherRows:
 PairPass = Callable[..., Tensor | None]
 
 
-class PairKernels:
-    """A backend's kernels with the row pass over two rows in place of its own."""
+class PairKernels(NoShortcuts):
+    """A backend's kernels with the row pass over two rows in place of its own: a divergence needs
+    the logits.
+    """
 
     def __init__(self, base: Kernels, call: DistillCall, pair_pass: PairPass):
         self.base, self.call, self.pair_pass = base, call, pair_pass
@@ -110,13 +112,6 @@ class PairKernels:
 
     def __getattr__(self, name: str):
         return getattr(self.base, name)
-
-    def fold(self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs, exps: Tensor):
-        """Never: a divergence needs the logits."""
-
-    def score(self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs) -> bool:
-        """Never: a divergence needs the logits."""
-        return False
 
     def row_pass(self, logits: Tensor, rows: Rows, out: RowOutputs, grad, scale: float):
         """The teacher's rows, then both."""

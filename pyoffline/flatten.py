@@ -205,28 +205,34 @@ def flatten_tokens(
     weights = flat("weights")
     if weights is None:
         weights = _default_weights(labels, tokens.ignore_index, dtype)
-    if tokens.n_valid is not None and not isinstance(tokens.n_valid, Tensor):
-        checks.integer("tokens.n_valid", tokens.n_valid)
-    if tokens.n_valid is not None and device.type == "cpu" and not torch.compiler.is_compiling():
-        count = int(((labels != tokens.ignore_index) & (weights != 0)).sum())
-        if count != tokens.n_valid:
-            raise ValueError(f"tokens.n_valid is {tokens.n_valid}, but {count} positions count")
-    temperature = flat("temperature")
-    counted = (labels != tokens.ignore_index) & (weights != 0)
-    checks.temperatures("tokens.temperature", temperature, counted)
     extra = tokens.extra or {}
-    return FlatTokens(
+    made = FlatTokens(
         labels,
         weights,
         flat("old_logps"),
         flat("behavior_logps"),
         flat("ref_logps"),
         _advantages(tokens, shape, device, dtype),
-        temperature,
+        flat("temperature"),
         [vector(f"tokens.extra[{n!r}]", extra[n], shape, device, dtype) for n in program.gates],
         ",".join(program.gates),
         tokens.ignore_index,
     )
+    if made.temperature is not None:
+        checks.temperatures("tokens.temperature", made.temperature, made.valid)
+    _check_count(tokens.n_valid, made)
+    return made
+
+
+def _check_count(n_valid, made: FlatTokens) -> None:
+    """On a CPU what the caller says of the number of rows is compared with it."""
+    if n_valid is not None and not isinstance(n_valid, Tensor):
+        checks.integer("tokens.n_valid", n_valid)
+    if n_valid is None or made.labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    count = int(made.valid.sum())
+    if count != n_valid:
+        raise ValueError(f"tokens.n_valid is {n_valid}, but {count} positions count")
 
 
 def objective_program(objective, tokens: TokenBatch) -> Program:

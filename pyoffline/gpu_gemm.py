@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyoffline import panel_gemm
 from pyoffline.calls import LinearCall, stats_dtype
-from pyoffline.chunk_loop import WeightGrad, is_one
+from pyoffline.chunk_loop import NoShortcuts, WeightGrad, is_one
+from pyoffline.kernels.configs import ROW_UNIT
 
-ROW_UNIT = 16  # elements: every row of the logits buffer starts at a multiple of 32 bytes
 PANEL = 16384  # rows of the weight at a time where a second product is added, or a cast is due
 
 
@@ -33,7 +33,7 @@ def wide_mm(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
     return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
-class GpuGemm:
+class GpuGemm(NoShortcuts):
     """The steps of `chunk_loop.Kernels` that are GEMMs and reductions; a backend adds row_pass."""
 
     device = "cuda"
@@ -63,12 +63,6 @@ class GpuGemm:
             if adapter is not None:
                 wide_mm(adapter, call.adapter_weight[cut].t(), part, beta=1.0)
             out[:, cut] = part
-
-    def fold(self, call, hidden, rows, out, exps):
-        return None
-
-    def score(self, call, hidden, rows, out):
-        return False
 
     def dhidden(self, dlogits, weight):
         shape = (dlogits.shape[0], weight.shape[1])

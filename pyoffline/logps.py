@@ -58,7 +58,8 @@ def _temperature(x, labels: Tensor, shape, dtype, ignore_index) -> Tensor | None
     """Per-token temperatures as a checked [N] vector."""
     checks.integer("ignore_index", ignore_index)
     flat = vector("temperature", x, shape, labels.device, dtype)
-    checks.temperatures("temperature", flat, labels != ignore_index)
+    if flat is not None:
+        checks.temperatures("temperature", flat, labels != ignore_index)
     return flat
 
 

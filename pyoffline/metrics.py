@@ -27,26 +27,28 @@ def _range(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(some, low, 0.0), torch.where(some, high, 0.0)
 
 
-def clip_metrics(flat, program, logps) -> dict[str, Tensor]:
+def _clipped(program, ratio: Tensor, flat, count: Tensor) -> dict[str, Tensor]:
     """Fractions of the tokens outside the clip of the program's first PPO row, where it acts:
     below for A < 0, above for A > 0 (TRL's names); empty where there is no such row.
     """
-    at = next((k for k, code in enumerate(program.codes[0::3]) if code in _CLIPPED), None)
+    codes = () if program is None else program.codes[0::3]
+    at = next((k for k, code in enumerate(codes) if code in _CLIPPED), None)
     if at is None:
         return {}
-    valid, (low, high) = flat.valid, program.hyper[at, 1:3].unbind()
-    count = valid.sum().clamp(min=1).to(logps.dtype)
-    ratio = (logps - flat.old).exp()
-    adv = torch.ones_like(logps) if flat.adv is None else flat.adv
+    low, high = program.hyper[at, 1:3].unbind()
+    adv = torch.ones_like(ratio) if flat.adv is None else flat.adv
     below, above = (ratio < 1.0 - low) & (adv < 0), (ratio > 1.0 + high) & (adv > 0)
     fractions = {"low": below, "high": above, "region": below | above}
     return {
-        f"clip_ratio/{k}_mean": _mean(x.to(logps.dtype), valid, count) for k, x in fractions.items()
+        f"clip_ratio/{k}_mean": _mean(x.to(ratio.dtype), flat.valid, count)
+        for k, x in fractions.items()
     }
 
 
-def token_metrics(flat, logps, entropy, lse, log_sum_p2, is_top1) -> dict[str, Tensor]:
-    """Metrics of FlatTokens and the row statistics, all [N]."""
+def token_metrics(flat, program, logps, entropy, lse, log_sum_p2, is_top1) -> dict[str, Tensor]:
+    """Metrics of FlatTokens and the row statistics, all [N]; program: whose clip is measured, or
+    None.
+    """
     valid = flat.valid
     count = valid.sum().to(logps.dtype).clamp(min=1.0)
     out = {
@@ -62,6 +64,7 @@ def token_metrics(flat, logps, entropy, lse, log_sum_p2, is_top1) -> dict[str, T
         out["ratio/mean"] = _mean(ratio, valid, count)
         out["ratio/min"], out["ratio/max"] = _range(ratio, valid)
         out["approx_kl"] = _mean(torch.expm1(moved) - moved, valid, count)
+        out |= _clipped(program, ratio, flat, count)
     if flat.ref is not None:
         gap = flat.ref - logps
         out["kl"] = _mean(torch.expm1(gap) - gap, valid, count)

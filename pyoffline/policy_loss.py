@@ -17,7 +17,7 @@ from pyoffline.coupled_program import metric_names
 from pyoffline.flatten import flatten_head, flatten_tokens, objective_program
 from pyoffline.flatten_coupled import flatten_sequences
 from pyoffline.head import Head
-from pyoffline.metrics import clip_metrics, token_metrics
+from pyoffline.metrics import token_metrics
 from pyoffline.plan import plan_list
 from pyoffline.records import LossOutput, TokenBatch, TokenStats
 from pyoffline.reference_head import with_reference
@@ -26,10 +26,8 @@ from pyoffline.reference_head import with_reference
 def _output(flat, program, loss, stats, shape, more=()) -> LossOutput:
     detached = [x.detach() for x in stats]
     more = dict(more)
-    metrics = token_metrics(flat, *detached)
-    if "clip_ratio/region_mean" not in more:  # a sequence's clip goes first
-        metrics |= clip_metrics(flat, program, detached[0])
-    metrics |= more
+    clips = None if "clip_ratio/region_mean" in more else program  # a sequence's clip goes first
+    metrics = token_metrics(flat, clips, *detached) | more
     return LossOutput(loss, TokenStats(*(x.reshape(shape) for x in detached)), metrics)
 
 

@@ -21,7 +21,13 @@ from pyoffline.calls import (
     Rows,
     stats_dtype,
 )
-from pyoffline.chunk_loop import WeightGrad, check_labels, power_of_two_scale, run_linear
+from pyoffline.chunk_loop import (
+    NoShortcuts,
+    WeightGrad,
+    check_labels,
+    power_of_two_scale,
+    run_linear,
+)
 from pyoffline.program import Coefs, RowScalars, evaluate
 
 
@@ -111,7 +117,7 @@ def row_pass(logits: Tensor, rows: Rows, out: RowOutputs, want_grad: bool) -> Te
     return dz * slope
 
 
-class ReferenceKernels:
+class ReferenceKernels(NoShortcuts):
     """The steps of the chunk loop in torch ops."""
 
     asynchronous = False
@@ -143,12 +149,6 @@ class ReferenceKernels:
         padded = logits.new_zeros(logits.shape, dtype=grad)
         padded[:size] = dlogits * scale
         return padded
-
-    def fold(self, call, hidden, rows, out, exps):
-        return None
-
-    def score(self, call, hidden, rows, out):
-        return False
 
     def dhidden(self, dlogits, weight):
         if dlogits.dtype == torch.float16:  # the scaled rows may not fit fp16 once summed

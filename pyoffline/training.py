@@ -217,13 +217,14 @@ def check_ids(config: RunConfig, data, model) -> None:
     from pyoffline.fixed_models import vocabulary
 
     problems, rows = [], 0
+    size = vocabulary(model) if teacher_columns.IDS in data[2].columns else None
     for samples, path in ((data[0], config.data.train), (data[1], config.data.eval)):
         if samples is None:
             continue
         rows += len(samples.samples)
         found = outside_embedding(samples.samples, model)
-        if teacher_columns.IDS in data[2].columns:
-            found += teacher_columns.outside(samples.samples, vocabulary(model))
+        if size is not None:
+            found += teacher_columns.outside(samples.samples, size)
         problems += [f"{path}:{line}: {name}: {why}" for line, name, why in found]
     if problems:
         raise DataError(problems, rows)

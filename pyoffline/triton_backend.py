@@ -4,7 +4,6 @@ NVIDIA sm_80 and later, AMD gfx942 and later; under TRITON_INTERPRET=1 also CPU 
 Not here: the kernels, what GPU backends share.
 """
 
-import dataclasses
 import math
 import os
 
@@ -12,7 +11,7 @@ import torch
 
 from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, RowOutputs
 from pyoffline.device_flags import flag_of
-from pyoffline.gpu_rows import GpuRows, float32_rows, run_linear_call, run_logits_call
+from pyoffline.gpu_rows import GpuRows, run_linear_call, run_logits_call
 from pyoffline.kernels import epilogue_rows
 from pyoffline.kernels.row_pass import row_pass
 from pyoffline.kernels.scale_by_upstream import scale_by_upstream as scale_by_upstream
@@ -43,15 +42,9 @@ class TritonKernels(GpuRows):
         """The GEMM's epilogue in place of the row pass, where it is asked for and serves."""
         if not (EPILOGUE and epilogue_rows.serves(call)):
             return None
-        plain, flag = float32_rows(rows), flag_of(hidden.device)
-        coefs = None if out.coefs is None else out.coefs.contiguous()
-        written = dataclasses.replace(out, coefs=coefs)
-        factor = epilogue_rows.epilogue_rows(
-            hidden, call.weight, plain, _outputs(written), flag, exps
-        )  # fmt: skip
-        if coefs is not out.coefs:
-            out.coefs.copy_(coefs)
-        return factor
+        kernels = _Folding(call)
+        kernels.run_rows(hidden, exps, rows, out)
+        return kernels.factor
 
     def score(self, call, hidden, rows, out):
         """Rows without gradient, their logits never stored; `score_rows.py` rounds a logit where
@@ -82,6 +75,17 @@ class _Scoring(GpuRows):
     def launch(self, hidden, dlogits, rows, out, scale):
         flag = flag_of(hidden.device)
         score_rows(hidden, self.call.weight, rows, _outputs(out), flag, self.call.logits_dtype)
+
+
+class _Folding(GpuRows):
+    """`launch` on hidden states, with exponentials in place of dlogits; leaves their `factor`."""
+
+    def __init__(self, call: LinearCall):
+        self.call = call
+
+    def launch(self, hidden, exps, rows, out, scale):
+        flag, weight = flag_of(hidden.device), self.call.weight
+        self.factor = epilogue_rows.epilogue_rows(hidden, weight, rows, _outputs(out), flag, exps)
 
 
 def score_block(plan: PlanSettings, count: int, vocab: int) -> int:

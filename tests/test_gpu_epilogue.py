@@ -7,7 +7,8 @@ import gpu_cases
 import oracle
 import pytest
 import torch
-from compare import check_forward, check_gradient, same_bits
+from compare import check_gradient, same_bits
+from row_cases import compare
 
 import pyoffline as po
 from pyoffline import triton_backend
@@ -40,13 +41,7 @@ def test_N1_against_fp64(name, options, dim):
     """Ragged rows and vocabulary, three chunks."""
     reads = COMPOSED.program(False).reads
     batch = batches.make(n=301, d=dim, v=4099, dtype=torch.bfloat16, reads=reads, **options)
-    truth, bar = (oracle.run(batch, COMPOSED, d) for d in (torch.float64, torch.bfloat16))
-    with po.chunk_rows(100):
-        got = gpu_cases.run(batch, COMPOSED, "triton", 0.5)
-    for k in ("loss", "logps", "entropy", "lse"):
-        check_forward(k, got[k], truth[k], bar[k])
-    for k in ("dhidden", "dweight"):
-        check_gradient(k, got[k], truth[k], bar[k])
+    compare(batch, COMPOSED, chunk=100, upstream=0.5, run=gpu_cases.run)
 
 
 def test_late_rows_and_the_same_bits_run_to_run():

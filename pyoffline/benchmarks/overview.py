@@ -69,7 +69,7 @@ def draw_overview(records: list[dict], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=5, frameon=False)
     title = "One mark a measurement (median of its paired rounds), N × D × V"
-    figure.suptitle(title + place(records), fontsize=9)
+    figure.suptitle(f"{title}; {place(records)}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -38,11 +38,11 @@ def _panel(axis, names, values, unit: str, digits: str) -> None:
 
 
 def place(records: list[dict]) -> str:
-    """Where and when the first record was taken, to follow other words."""
+    """Where and when the first record was taken."""
     device = records[0].get("device")
     if not device:
         return ""
-    return f"; {device['model']}, {records[0]['threads']} threads, {records[0]['date'][:10]}"
+    return f"{device['model']}, {records[0]['threads']} threads, {records[0]['date'][:10]}"
 
 
 def draw(records: list[dict], path: Path) -> None:
@@ -85,7 +85,7 @@ def draw(records: list[dict], path: Path) -> None:
             words = f"bar of the default budget: {max(limits):.0f} MiB (dashed)"
             right.set_title(words, loc="left", fontsize=9, color=BAR_LINE)
         right.set_visible(any(m is not None for _, _, m in lines))
-    figure.suptitle(place(records).lstrip("; "), fontsize=9)
+    figure.suptitle(place(records), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

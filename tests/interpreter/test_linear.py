@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from compare import check_forward, check_gradient, same_bits
+from row_cases import compare, outputs
 
 import pyoffline as po
 from pyoffline.calls import Rows
@@ -27,20 +28,6 @@ OUTPUTS = ("logps", "entropy", "lse", "log_sum_p2")
 def small_tiles(monkeypatch):
     """Tiles of 32 logits: every row has several, and a tail."""
     monkeypatch.setattr(kernel, "row_config", lambda *_: RowConfig(8, 4, 4, 1))
-
-
-def compare(batch, objective, chunk=None, upstream=1.0):
-    """Against fp64, at the bar of the same-dtype PyTorch reference."""
-    truth = oracle.run(batch, objective, torch.float64)
-    bar = oracle.run(batch, objective, batch["hidden"].dtype)
-    with po.chunk_rows(chunk or 10_000):
-        got = batches.run(batch, objective, "triton", upstream)
-    for k in ("loss", "logps", "entropy", "lse"):
-        check_forward(k, got[k], truth[k], bar[k])
-    for k in ("dhidden", "dweight", "dbias"):
-        if truth.get(k) is not None:
-            check_gradient(k, got[k], truth[k], bar[k])
-    return got
 
 
 # what is exercised, objective, options of batches.make
@@ -149,8 +136,7 @@ def on_rows(logits, labels, stride, options):
     source[:, :vocab] = logits
     group = 16 // logits.element_size()
     assert shifts(group, source, target) == (stride % group != 0)
-    out = [torch.full((n,), math.nan) for _ in range(5)]
-    out = (*out, torch.zeros(n, dtype=torch.uint8), torch.full((n,), math.nan), None)
+    out = tuple(outputs(n, coefs=None).values())
     flag = torch.zeros(2, dtype=torch.int64)
     config = RowConfig(8, 16 // logits.element_size(), 4, 1)
     kernel.row_pass(source[:, :vocab], target[:, :vocab], rows, out, flag, config=config)

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import torch
 from compare import check_forward, same_bits
+from row_cases import outputs, random_rows
 
 import pyoffline as po
 from pyoffline import triton_backend
@@ -25,7 +26,6 @@ from pyoffline.plan import PlanSettings
 NAN, INF = math.nan, math.inf
 COMPOSED = po.PPOClip() + 0.1 * po.KL("k3") - 0.01 * po.Entropy() + 1e-3 * po.ZLoss()
 SMOOTHED = po.NLL(label_smoothing=0.1, z_loss=1e-2) + po.WeightedNLL().weighted_by("g")
-NAMES = ("loss", "logps", "entropy", "lse", "log_sum_p2", "is_top1", "gap", "coefs")
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +43,6 @@ def no_logits(monkeypatch):
 
     monkeypatch.setattr(triton_backend.TritonKernels, "logits", fail)
     monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def outputs(n):
-    """Poisoned with NaN (is_top1: 7)."""
-    one = {name: torch.full((n,), NAN) for name in NAMES[:-1]}
-    one["is_top1"] = torch.full((n,), 7, dtype=torch.uint8)
-    return one | {"coefs": torch.full((4, n), NAN)}
 
 
 def scored(hidden, weight, rows, config=None):
@@ -75,20 +68,9 @@ def assert_same(got, want, atol=3e-6, rtol=3e-6):
         )
 
 
-def inputs(n, vocab, seed=0, objective=SMOOTHED + COMPOSED, **options):
-    """Rows with a program that reads everything, about a third of them not counted."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, vocab, (n,), generator=g)
-    weights = torch.rand(n, generator=g) + 0.5
-    if n > 5:
-        labels[3::7], weights[5::6] = -100, 0.0
-    near = -torch.rand(n, generator=g) * 3 - 0.5
-    program = objective.program(False)
-    return Rows(
-        labels, weights, old=near, mu=near, ref=near - 0.1, adv=torch.randn(n, generator=g),
-        extras={k: torch.rand(n, generator=g) for k in program.gates},
-        codes=program.codes, hyper=program.hyper, **options,
-    )  # fmt: skip
+def inputs(n, vocab, objective=SMOOTHED + COMPOSED, **options):
+    """Rows with a program that reads everything."""
+    return random_rows(n, vocab, objective, **options)
 
 
 @pytest.mark.parametrize(
