@@ -30,7 +30,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class OtherRunError(CheckpointError):
-    """The checkpoint to start from is of another model or optimizer. Nothing was started."""
+    """Another model, optimizer, objective or data than the checkpoint's. Nothing was started."""
 
 
 class FolderInUseError(CheckpointError):
@@ -58,7 +58,7 @@ def whole_folder(final: Path):
 def complete(partial: Path, final: Path) -> None:
     """Flush, sign and rename a written folder."""
     files = sorted(p for p in partial.rglob("*") if p.is_file())
-    sums = {str(p.relative_to(partial)): [p.stat().st_size, _sha256(p)] for p in files}
+    sums = {str(p.relative_to(partial)): [p.stat().st_size, sha256(p)] for p in files}
     for path in files:
         _flush(path)
     manifest = partial / MANIFEST
@@ -115,7 +115,7 @@ def problems(folder: Path, contents: bool = True) -> list[str]:
             found.append(f"{name} is missing")
         elif path.stat().st_size != size:
             found.append(f"{name} has {path.stat().st_size} bytes, it was written with {size}")
-        elif contents and _sha256(path) != digest:
+        elif contents and sha256(path) != digest:
             found.append(f"{name} was changed after it was written (SHA-256 differs)")
     pickles = sorted(p.name for p in folder.rglob("*") if p.suffix in PICKLES)
     if pickles:
@@ -186,16 +186,16 @@ def recover(run: Path) -> None:
     _remove(partial)
 
 
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     total = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             total.update(block)
     return total.hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def _flush(path: Path) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pyoffline import run_folder
+from pyoffline import run_folder, run_identity
 from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
 from pyoffline.config_objective import REWARD
 from pyoffline.data import DataError, Needs, SampleSet, load_samples
-from pyoffline.fixed_models import outside_embedding
+from pyoffline.fixed_models import outside_model
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,17 @@ def run_training(
         tokenizer = load_tokenizer(config.model)
         same_tokens(config, tokenizer)
         data = load_data(config, tokenizer)
+        if resume and (note := run_identity.compare(run, config)):
+            sys.stderr.write(f"{note}\n")
         transformers.set_seed(args.seed)
         kind = "reward" if config.objective["name"] == REWARD else "causal"
         lm = load_model(config.model, kind=kind)
         trainer, stop = build_trainer(config, args, lm, tokenizer, data)
-        return None if check_only else _train(trainer, stop, start)
+        if check_only:
+            return None
+        if start is None and args.should_save:
+            run_identity.record(run, config)
+        return _train(trainer, stop, start)
 
 
 def _train(trainer, stop, start) -> RunResult:
@@ -210,8 +216,8 @@ def _kept(stop, made, *args, **kwargs):
 
 
 def check_ids(config: RunConfig, data, model) -> None:
-    """DataError for ids that the model has no embedding for, and ids of a cached teacher that its
-    head does not have.
+    """DataError for ids that the model has no embedding for, more tokens than it has positions, and
+    ids of a cached teacher that its head does not have.
     """
     from pyoffline import teacher_columns
     from pyoffline.fixed_models import vocabulary
@@ -222,7 +228,7 @@ def check_ids(config: RunConfig, data, model) -> None:
         if samples is None:
             continue
         rows += len(samples.samples)
-        found = outside_embedding(samples.samples, model)
+        found = outside_model(samples.samples, model)
         if size is not None:
             found += teacher_columns.outside(samples.samples, size)
         problems += [f"{path}:{line}: {name}: {why}" for line, name, why in found]

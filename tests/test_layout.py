@@ -32,7 +32,7 @@ LAYERS = {
     6: "__init__",
     7: "config config_file config_objective rows row_checks teacher_columns fixed_models"
     " reward_trainer data collate step_weights training checkpoint callbacks trainer"
-    " data_advantages pairs units run_folder trainer_config score doctor cli __main__",
+    " data_advantages pairs units run_folder run_identity trainer_config score doctor cli __main__",
 }
 BY_NAME = ("reference", "cpu", "triton_backend", "cuda_backend")
 APPLICATIONS = ("demo", "benchmarks", "integrations")

@@ -1,5 +1,5 @@
 """What a run goes on from (PROMISES T2): a finished run stays as it is, a checkpoint of another
-model or optimizer is refused by name, and no step is missing from the metrics.
+model, optimizer, objective or data is refused by name, and no step is missing from the metrics.
 """
 
 import json
@@ -101,3 +101,44 @@ def test_t2_the_steps_before_a_stop_are_in_the_metrics(tmp_path, model, monkeypa
     assert [row["step"] for row in rows] == [2, 3]
     assert rows[0]["loss"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
     assert rows[1]["loss"] == pytest.approx(losses[2], rel=1e-6)
+
+
+OTHERS = {
+    "objective": ["objective.clip_high=0.3"],
+    "advantage": ["advantage=opo"],
+    "loss": ["objective={name: nll}", "loss=stock"],
+    "data.max_length": ["data.max_length=100"],
+    "trainer.seed": ["trainer.seed=5"],
+    "trainer.aggregation": ["trainer.aggregation=seq-mean-token-sum"],
+}
+
+
+@pytest.fixture
+def stopped(tmp_path, model):
+    """A run of PPO with two of four steps done; what resumes it."""
+    path, options = configured(tmp_path, model, objective={"name": "ppo_clip", "clip_high": 0.2})
+    assert train(path, *options)[0] == 0
+    return ["train", str(path), *options, "trainer.max_steps=4", "--resume"]
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_t2_another_objective_or_order_is_refused_by_name(tmp_path, stopped, capsys, key):
+    before = (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert cli.main([*stopped, *OTHERS[key]]) == 2
+    error = capsys.readouterr().err
+    assert f"\n  {key}: " in error and " before, " in error and "this is another" in error
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
+    (tmp_path / "out" / "run.json").unlink()  # where it is meant
+    assert cli.main([*stopped, *OTHERS[key]]) == 0
+    assert "are not compared with those before" in capsys.readouterr().err
+
+
+def test_t2_another_data_file_is_refused_and_a_moved_one_is_not(tmp_path, stopped, capsys):
+    (file,) = tmp_path.glob("*.jsonl")
+    moved = file.rename(tmp_path / "moved.jsonl")
+    lines = moved.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[::-1]))
+    assert cli.main(stopped) == 2
+    assert "\n  data.train: SHA-256 " in capsys.readouterr().err
+    same = ["objective={clip_high: 0.2, name: ppo_clip, clip_low: 0.2}"]  # the default spelled out
+    assert cli.main([*stopped, *same, f"data.train={moved}"]) == 0
