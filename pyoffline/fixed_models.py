@@ -32,8 +32,13 @@ def vocabulary(model) -> int:
         return Head.of(model).tensors().weight.shape[0]
 
 
-def outside_embedding(samples: list, model) -> list[tuple[int, str, str]]:
-    """(line, column, why) of samples with a token that the model has no embedding for."""
+def outside_model(samples: list, model) -> list[tuple[int, str, str]]:
+    """(line, column, why) of samples that the model cannot read."""
+    return _without_embedding(samples, model) + _beyond_positions(samples, model)
+
+
+def _without_embedding(samples: list, model) -> list[tuple[int, str, str]]:
+    """A token that the model has no embedding for."""
     size = model.get_input_embeddings().weight.shape[0]
     why = (
         f"outside the model's {size} embeddings, which its tokenizer exceeds: resize the model, or "
@@ -41,6 +46,25 @@ def outside_embedding(samples: list, model) -> list[tuple[int, str, str]]:
     )
     tops = ((s.line, max(s.ids)) for s in samples)
     return [(line, "tokens", f"token {top} is {why}") for line, top in tops if top >= size]
+
+
+def _beyond_positions(samples: list, model) -> list[tuple[int, str, str]]:
+    """More tokens than learned positions (GPT-2, OPT). Rotary models have no such table, and are
+    not held to what they were trained on.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    tables = [x for x in model.modules() if isinstance(x, torch.nn.Embedding)]
+    tables = [x for x in tables if x is not model.get_input_embeddings()]
+    # OPT's table has two rows more than positions
+    if limit is None or not any(limit <= x.num_embeddings <= limit + 2 for x in tables):
+        return []
+    why = (
+        f"the model has {limit} positions; data.max_length: {limit} (score --max-length) and "
+        "data.too_long cut or drop such rows, --skip-bad leaves them out"
+    )
+    return [
+        (s.line, "tokens", f"{len(s.ids)} tokens, {why}") for s in samples if len(s.ids) > limit
+    ]
 
 
 @dataclass(frozen=True, eq=False)

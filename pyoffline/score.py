@@ -45,7 +45,7 @@ class ScoreSettings:
 
 def run_score(settings: ScoreSettings) -> int:
     """Score a file; returns the number of rows written. ConfigError, DataError: nothing was."""
-    from pyoffline.fixed_models import outside_embedding, vocabulary
+    from pyoffline.fixed_models import outside_model, vocabulary
     from pyoffline.training import load_model, load_tokenizer
 
     problems = []
@@ -76,7 +76,7 @@ def run_score(settings: ScoreSettings) -> int:
     if settings.teacher_topk and settings.teacher_topk > size:
         problem = f"--teacher-topk: expected at most {size}, the model's vocabulary"
         raise ConfigError("pyoffline score", [f"{problem}, got {settings.teacher_topk}"])
-    outside = outside_embedding(data.samples, model)
+    outside = outside_model(data.samples, model)
     if outside:
         problems = [f"{settings.samples}:{line}: {where}: {why}" for line, where, why in outside]
         raise DataError(problems, len(data.samples))

@@ -133,6 +133,33 @@ def test_t1_a_token_without_an_embedding_is_named_by_line(tmp_path, model, capsy
     assert "s.jsonl:3: tokens: token 6" in capsys.readouterr().err and not output.exists()
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", "Llama"])
+def test_t1_more_tokens_than_learned_positions_are_named_by_line(tmp_path, model, capsys, kind):
+    """An index beyond the table would end the run in the middle; a rotary model has no table."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 41}
+    sizes |= {"max_position_embeddings": 8, "intermediate_size": 16, "ffn_dim": 16}
+    sizes |= {"word_embed_proj_dim": 16, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(
+        config
+    ).save_pretrained(tmp_path / "m")
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "m")
+    long = {"prompt": "a b c", "completion": "a b c d e"}  # and the end of the text: 9 tokens
+    path = write_config(tmp_path, tmp_path / "m", [*PLAIN, long])
+    output = tmp_path / "o.jsonl"
+    score = ["score", str(tmp_path / "s.jsonl"), "--model", str(tmp_path / "m")]
+    for argv in (["train", str(path)], [*score, "--output", str(output)]):
+        code = cli.main(argv)
+        error = capsys.readouterr().err
+        if kind == "Llama":
+            assert code == 0
+            continue
+        assert code == 2 and "s.jsonl:3: tokens: 9 tokens, the model has 8 positions" in error
+        assert "data.max_length" in error or "--max-length" in error
+    short = [str(path), "data.max_length=8", "data.too_long=truncate"]
+    assert kind == "Llama" or cli.main(["train", *short]) == 0
+
+
 def test_a_finished_run_is_not_overwritten_by_another(tmp_path, model, capsys):
     path = write_config(tmp_path, model, PLAIN)
     assert train(path)[0] == 0
