@@ -150,6 +150,8 @@ def opo(rewards, group_ids, lengths=None, mask=None):
             raise ValueError("lengths: expected [B], or a mask [B, T] to count, got neither")
         lengths = as_mask(mask).sum(-1)
     n = clean(lengths, valid, "lengths")
+    if n.device.type == "cpu" and bool((valid & (n <= 0)).any()):  # a GPU is not asked
+        raise ValueError(f"lengths: expected more than 0, got {n[valid].min().item():g}")
     out = torch.where(group.equal(r), 0.0, r - group.sum(n * r) / group.sum(n))
     return _finish(out, valid, mask, rewards)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import (
     get_unwrapped,
+    is_batchedtensor,
     is_functorch_wrapped_tensor,
     is_gradtrackingtensor,
     is_legacy_batchedtensor,
@@ -27,6 +28,7 @@ from pyoffline.ops import DTYPES
 PRIVATE = 3
 _INSTEAD = "not implemented; use loss.backward() or torch.autograd.grad"
 FORWARD_AD = f"jvp and forward AD are {_INSTEAD}"
+VMAP = "vmap is not implemented; a batch of any shape is one call"
 FUNC_GRAD = f"torch.func.grad, vjp and hessian are {_INSTEAD}"
 
 
@@ -89,19 +91,22 @@ def once(grads: list, name: str, inputs) -> list:
 
 
 def _transform_of(x: Tensor) -> str | None:
-    """Why the derivative that torch.func or forward AD takes through this tensor is refused."""
+    """Why what torch.func or forward AD does with this tensor is refused."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         return FORWARD_AD
     while is_functorch_wrapped_tensor(x):
         if is_gradtrackingtensor(x) and x.requires_grad:
             return FUNC_GRAD
+        if is_batchedtensor(x):
+            return VMAP
         x = get_unwrapped(x)
     return None
 
 
 def apply(op, *args):
     """`op(*args)`, refusing derivatives that torch would drop in silence (forward AD gives tangent
-    0 for a custom op) or refuse without a name (torch.func.grad).
+    0 for a custom op) or refuse without a name (torch.func.grad), and vmap, which it would run as a
+    loop or refuse, by what the op returns.
     """
     if torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:  # torch.func.grad fails by itself there

@@ -242,6 +242,7 @@ ERRORS = [
     (lambda: adv.group_normalize(torch.zeros(2, 3), G2), ValueError, "sum token rewards"),
     (lambda: adv.group_normalize(R2, G2, mask=TOKENS[:1]), ValueError, "B=2"),
     (lambda: adv.opo(R2, G2), ValueError, "lengths"),
+    (lambda: adv.opo(R2, G2, lengths=torch.tensor([3, 0])), ValueError, "more than 0, got 0"),
     (lambda: adv.rwr(R2, G2, lam=math.inf), ValueError, "lam"),
     (lambda: adv.awr(R2, beta=0), ValueError, "beta"),
     (lambda: adv.reinforce_plus_plus(R2, TOKENS, G2), ValueError, "baseline"),
