@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from pyoffline import _C
+from pyoffline.benchmarks.device import by_events
+from pyoffline.benchmarks.provenance import provenance
 
 SHAPES = (
     (8192, 32000),
@@ -20,16 +22,6 @@ SHAPES = (
     (2048, 262147),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def milliseconds(fn) -> float:
-    """Device time of one call."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    fn()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def require(ok, what: str) -> None:
@@ -66,7 +58,7 @@ def measure(rows: int, vocab: int, name: str, with_grad: bool, rounds: int) -> d
     nbytes = logits.nbytes * (2 if with_grad else 1)
     pairs = []
     for _ in range(rounds):
-        pairs.append((milliseconds(kernel), milliseconds(lambda: copy.copy_(logits))))
+        pairs.append([1e3 * by_events(f) for f in (kernel, lambda: copy.copy_(logits))])
     ms = statistics.median(p[0] for p in pairs)
     copied = statistics.median(2 * logits.nbytes / p[1] / 1e6 for p in pairs)
     ratio = statistics.median((nbytes / p[0]) / (2 * logits.nbytes / p[1]) for p in pairs)
@@ -102,7 +94,7 @@ def main() -> None:
                     f"{record['gb_s']:7.0f} GB/s {100 * record['of_copy']:5.1f} % of a copy"
                 )
     if options.json:
-        options.json.write_text(json.dumps(records, indent=1))
+        options.json.write_text(json.dumps(provenance("cuda") | {"rows": records}, indent=1))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Objective:
         """The flat form, built with the object so that torch.compile sees its floats as a
         tensor.
         """
-        return self._programs[has_mu]
+        return self._programs[1 if has_mu else 0]  # a bool is no index to Dynamo before 2.12
 
     def __add__(self, other):
         return _Sum((self, other)) if isinstance(other, Objective) else NotImplemented

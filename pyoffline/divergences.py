@@ -72,7 +72,7 @@ class Divergence:
         """The flat form, built with the object so that torch.compile sees its floats as a
         tensor.
         """
-        return self._programs[has_mu]
+        return self._programs[1 if has_mu else 0]  # a bool is no index to Dynamo before 2.12
 
     def __add__(self, other):
         terms, objective = self.parts()

@@ -14,6 +14,7 @@ from pyoffline.calls import LinearCall, stats_dtype
 from pyoffline.chunk_loop import NoShortcuts, WeightGrad, is_one
 from pyoffline.kernels.configs import ROW_UNIT
 
+ADDS_WIDE = (2, 11)  # torch before it wants the accumulator in the type of the factors
 PANEL = 16384  # rows of the weight at a time where a second product is added, or a cast is due
 
 
@@ -29,7 +30,13 @@ def wide_mm(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> Tensor:
     if has_wide_gemm(a):
         if beta == 0.0:
             return torch.mm(a, b, out_dtype=out.dtype, out=out)
-        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+        if torch.__version__ >= ADDS_WIDE:
+            return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+        for start in range(0, out.shape[0], PANEL):
+            cut = slice(start, start + PANEL)
+            part = torch.mm(a[cut], b, out_dtype=out.dtype)
+            out[cut] = part.add_(out[cut], alpha=beta)
+        return out
     return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 

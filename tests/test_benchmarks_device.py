@@ -86,8 +86,9 @@ def test_events_are_recorded_around_the_run_and_waited_for(monkeypatch):
             return 1500.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("head start"))
     assert device.stopwatch("cuda")(lambda: seen.append("run")) == 1.5
-    assert seen == ["record", "run", "record", "wait"]
+    assert seen == ["head start", "record", "run", "record", "wait"]
 
 
 @pytest.mark.parametrize("gemm", GEMMS)
@@ -208,6 +209,8 @@ def test_the_gpu_check_fits_nine_minutes_and_names_files_and_options_that_exist(
         assert (root / path).exists(), path
     benches = [line for _, _, line in stages if "pyoffline bench" in line]
     assert len(benches) >= 3
+    some = subprocess.run([*command, "rows", "build"], capture_output=True, text=True, cwd=root)
+    assert re.findall(r"^\w+", some.stdout, re.MULTILINE) == ["build", "rows"]
     for line in benches:
         args = _parse(*line.split(" bench ")[1].split())
         assert args.device == "cuda" and set(args.op) <= set(ops.NAMES)
@@ -218,7 +221,7 @@ def test_the_gpu_check_fits_nine_minutes_and_names_files_and_options_that_exist(
 def test_the_command_on_a_gpu_writes_both_backends(tmp_path):
     path = tmp_path / "out.json"
     tiny = ("--op", "linear_policy_loss", "row_pass", "--shape", "64,64,4096", "--rounds", "2")
-    cli.run(_parse("--device", "cuda", *tiny, "--json", str(path)))
+    cli.run(_parse("--device", "cuda", *tiny, "--no-peers", "--json", str(path)))
     loss, rows = report.read(path)
     assert loss["device"]["kind"] == "gpu" and all(c["passed"] for c in loss["checks"])
     measured = {line["backend"] for line in (*loss["variants"][1:], *rows["variants"])}

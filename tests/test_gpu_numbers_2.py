@@ -23,7 +23,7 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 
 
 @each_dtype
-@pytest.mark.parametrize("vocab", [7, 300, 4097])
+@pytest.mark.parametrize("vocab", [7, 300, 4097, 32000])  # the last: a cluster of blocks
 def test_agrees_with_the_cpu_row_pass(vocab, dtype):
     """Programs, heads and options at once: PPO, gated KL, entropy, smoothing, softcap, bias."""
     arguments = row_pass_args.inputs(5, vocab, dtype, vocab)

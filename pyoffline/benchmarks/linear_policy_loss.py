@@ -16,7 +16,8 @@ from pyoffline.benchmarks.shapes import CLIP, fused_bar
 
 def ours(hidden, weight, inputs):
     """The fused loss."""
-    tokens = po.TokenBatch(inputs.labels, advantages=inputs.advantages, old_logps=inputs.old)
+    given = {"advantages": inputs.advantages, "old_logps": inputs.old}
+    tokens = po.TokenBatch(inputs.labels, n_valid=inputs.labels.numel(), **given)
     return po.linear_policy_loss(hidden, po.Head(weight), tokens, po.PPOClip(CLIP, CLIP)).loss
 
 

@@ -63,10 +63,12 @@ def driver() -> str | None:
 
 
 def git_hash() -> str | None:
-    """The commit of the checkout that runs, "+" when it has changes; None outside a checkout."""
+    """The commit of the checkout that runs, "+" when it has changes. Outside a checkout what
+    PYOFFLINE_COMMIT says, or None.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("PYOFFLINE_COMMIT")
 
     def git(*args):
         # a fixed command on our own checkout
