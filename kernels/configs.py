@@ -16,7 +16,8 @@ ROW_UNIT = 16  # elements: rows of the library's own [C, V] buffer start, and ar
 # Every launch says that a product and a sum may become one FMA: Triton 3.9 warns where it is left
 # open, and 3.10 changes what that means.
 FMA = {"enable_fp_fusion": True}
-# (largest vocabulary, warps of 32 threads, programs that one SM holds at 64 registers a thread)
+# (largest vocabulary, warps of 32 threads, programs that one SM holds at 128 registers a thread, a
+# gradient's; statistics alone want 64)
 ROW_WARPS = ((4096, 4, 4), (None, 16, 1))
 # Part of L2 that the rows in flight may fill: the rest is for weights, bias and the other stream.
 L2_SHARE = 0.8
@@ -52,12 +53,16 @@ def pair_config(vocab: int, itemsize: int, warp_size: int = 32) -> RowConfig:
     """
     config = row_config(vocab, itemsize, warp_size)
     lanes = config.lanes // (2 * GROUPS_PER_THREAD)
-    return replace(config, lanes=lanes, warps=config.warps // 2)
+    return replace(config, lanes=lanes, warps=config.warps // 2, per_sm=2 * config.per_sm)
 
 
 def programs_in_flight(row_nbytes: int, config: RowConfig, sms: int, l2_nbytes: int) -> int:
-    """As many rows at once as L2 keeps for their second sweep, at least one per multiprocessor."""
-    fit = int(L2_SHARE * l2_nbytes / max(1, row_nbytes))
+    """As many rows at once as L2 keeps for their second sweep, at least one per multiprocessor. Of
+    0 bytes (rows that are read once, for statistics): twice what registers allow a gradient.
+    """
+    if row_nbytes == 0:
+        return 2 * sms * config.per_sm
+    fit = int(L2_SHARE * l2_nbytes / row_nbytes)
     return max(sms, min(fit, sms * config.per_sm))
 
 
@@ -148,8 +153,17 @@ def score_config(hidden: torch.Tensor, unit: int, plain: bool) -> ScoreConfig:
         return INTERPRETER_TILE
     family, size = _family(hidden, unit), hidden.element_size()
     found = SCORE_TILES[family, size, plain]
-    is_tf32 = family == "nvidia" and torch.backends.cuda.matmul.allow_tf32
+    is_tf32 = family == "nvidia" and multiplies_in_tf32()
     return replace(found, precision="tf32") if is_tf32 else found
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether torch's fp32 products on CUDA are TF32."""
+    flags = torch.backends.cuda.matmul
+    try:
+        return flags.allow_tf32
+    except RuntimeError:  # torch 2.9 and later, where it was set through fp32_precision
+        return flags.fp32_precision == "tf32"
 
 
 def epilogue_config(hidden: torch.Tensor, unit: int) -> ScoreConfig:

@@ -21,7 +21,7 @@ from pyoffline.kernels.divergences import (
     term_numbers,
     value_and_mean,
 )
-from pyoffline.kernels.launch import alignment, device_of, row_programs, warp_size
+from pyoffline.kernels.launch import alignment, cuts, device_of, row_programs, warp_size
 from pyoffline.kernels.row_finish import load_or, row_transform
 from pyoffline.kernels.row_pass import gradient_constants, load_coefs, zero_row
 from pyoffline.kernels.row_sums import LOG2_E, bent, load_y, places, sum_row
@@ -39,16 +39,16 @@ def normaliser(sums):
 @triton.jit
 def load_pair(
     s_row, t_row, base, vocab, BENDS: tl.constexpr,
-    BENDS_T: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    BENDS_T: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """(y of the student, y of the teacher, both rows compared) of one tile."""
     x_ptr, bias_ptr, sign, inner, slope, m, log_d, inverse_d = s_row
     xt_ptr, bias_t_ptr, sign_t, inner_t, slope_t, m_t, log_d_t, inverse_d_t = t_row
     y = load_y(
-        x_ptr, base, 0, vocab, bias_ptr, sign, inner, BENDS, True, True, GROUP, WHOLE
+        x_ptr, base, 0, vocab, bias_ptr, sign, inner, BENDS, True, True, GROUP, CUT
     )  # fmt: skip
     y_t = load_y(
-        xt_ptr, base, 0, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, WHOLE
+        xt_ptr, base, 0, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, CUT
     )  # fmt: skip
     t, t_t = (y - m) * slope, (y_t - m_t) * slope_t
     p, p_t = tl.exp2(t * LOG2_E) * inverse_d, tl.exp2(t_t * LOG2_E) * inverse_d_t
@@ -60,14 +60,14 @@ def load_pair(
 def peak_of(
     q, s_row, t_row, vocab,
     BENDS: tl.constexpr, BENDS_T: tl.constexpr, LANES: tl.constexpr,
-    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """max log(T^a S^(1-a)) over the row; a NaN is no maximum, it shows in the sums."""
     top = tl.full([LANES, GROUP], float("-inf"), tl.float32)
     for start in range(0, vocab, LANES * GROUP):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
         y, y_t, x = load_pair(
-            s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, WHOLE
+            s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, CUT
         )  # fmt: skip
         w, log_base, moved = log_power(x, q)
         top = tl.where(w > top, w, top)
@@ -78,7 +78,7 @@ def peak_of(
 def pair_sums(
     CODE: tl.constexpr, q, peak, s_row, t_row, vocab,
     BENDS: tl.constexpr, BENDS_T: tl.constexpr, LANES: tl.constexpr,
-    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """(first, second) of one divergence over the row."""
     first = tl.zeros([LANES], tl.float32)
@@ -86,10 +86,10 @@ def pair_sums(
     for start in range(0, vocab, LANES * GROUP):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
         y, y_t, x = load_pair(
-            s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, WHOLE
+            s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, CUT
         )  # fmt: skip
         one, two = summands(CODE, x, q, peak)
-        offs, _, mask = places(base, 0, vocab, GROUP, WHOLE)
+        offs, _, mask = places(base, 0, vocab, GROUP, CUT)
         first += tl.sum(tl.where(mask, one, 0.0), axis=1)
         second += tl.sum(tl.where(mask, two, 0.0), axis=1)
     return tl.sum(first, axis=0), tl.sum(second, axis=0)
@@ -98,7 +98,7 @@ def pair_sums(
 @triton.jit
 def teachers_top(
     t_row, vocab, BENDS_T: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    WHOLE: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     """The first entry that has the teacher's maximum; vocab where there is none."""
     xt_ptr, bias_t_ptr, sign_t, inner_t, slope_t, m_t, log_d_t, inverse_d_t = t_row
@@ -106,9 +106,9 @@ def teachers_top(
     for start in range(0, vocab, LANES * GROUP):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
         y = load_y(
-            xt_ptr, base, 0, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, WHOLE
+            xt_ptr, base, 0, vocab, bias_t_ptr, sign_t, inner_t, BENDS_T, True, True, GROUP, CUT
         )  # fmt: skip
-        offs, _, mask = places(base, 0, vocab, GROUP, WHOLE)
+        offs, _, mask = places(base, 0, vocab, GROUP, CUT)
         here = tl.min(tl.where(mask & (y == m_t), offs, vocab), axis=1)
         found = tl.minimum(found, here.to(tl.int32))
     return tl.min(found, axis=0)
@@ -118,15 +118,15 @@ def teachers_top(
 def pair_gradient(
     g_ptr, label, constants, terms, s_row, t_row, vocab, CODES: tl.constexpr,
     BENDS: tl.constexpr, BENDS_T: tl.constexpr, NARROWS: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Write dlogits of the row. terms: (q, factor, mean, peak) of each divergence."""
     from_p, from_pt, from_u, at_label, at_zero = constants
     for start in range(0, vocab, LANES * GROUP):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
-        offs, _, mask = places(base, 0, vocab, GROUP, WHOLE)
+        offs, _, mask = places(base, 0, vocab, GROUP, CUT)
         y, y_t, x = load_pair(
-            s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, WHOLE
+            s_row, t_row, base, vocab, BENDS, BENDS_T, GROUP, CUT
         )  # fmt: skip
         dy = y - s_row[5]
         e = tl.exp2(dy * s_row[4] * LOG2_E)
@@ -153,7 +153,7 @@ def run_pair(
     x_ptr, xt_ptr, g_ptr, row, label, weight, coefs, vocab, gate_ptrs, temperature_ptr,
     bias_ptr, bias_t_ptr, grad_scale_ptr, head, head_t, numbers, outputs, stride_values,
     CODES: tl.constexpr, BENDS: tl.constexpr, BENDS_T: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """One row that counts."""
     loss_ptr, values_ptr, entropy_ptr, agreement_ptr = outputs
@@ -165,17 +165,17 @@ def run_pair(
     x_label, bias_label = tl.load(x_ptr + at).to(tl.float32), load_or(bias_ptr, at, 0.0)
     sums = sum_row(
         x_ptr, 0, vocab, bias_ptr, None, sign, inner, slope * LOG2_E, BENDS, True, False, False,
-        LANES, GROUP, WHOLE, False,
+        LANES, GROUP, CUT, False,
     )  # fmt: skip
     sums_t = sum_row(
         xt_ptr, 0, vocab, bias_t_ptr, None, sign_t, inner_t, slope_t * LOG2_E, BENDS_T, True,
-        False, False, LANES, GROUP, WHOLE, False,
+        False, False, LANES, GROUP, CUT, False,
     )  # fmt: skip
     d, log_d = normaliser(sums)
     d_t, log_d_t = normaliser(sums_t)
     s_row = (x_ptr, bias_ptr, sign, inner, slope, sums[0], log_d, 1.0 / d)
     t_row = (xt_ptr, bias_t_ptr, sign_t, inner_t, slope_t, sums_t[0], log_d_t, 1.0 / d_t)
-    top = teachers_top(t_row, vocab, BENDS_T, LANES, GROUP, WHOLE)
+    top = teachers_top(t_row, vocab, BENDS_T, LANES, GROUP, CUT)
     near = tl.where(top < vocab, top, 0)
     x_top, bias_top = tl.load(x_ptr + near).to(tl.float32), load_or(bias_ptr, near, 0.0)
     y_top = bent(x_top, bias_top, sign, inner, bias_ptr is not None, BENDS, True)
@@ -190,10 +190,10 @@ def run_pair(
         peak = 0.0
         if CODES[2 * k] == RENYI:
             peak = peak_of(
-                q, s_row, t_row, vocab, BENDS, BENDS_T, LANES, GROUP, WHOLE
+                q, s_row, t_row, vocab, BENDS, BENDS_T, LANES, GROUP, CUT
             )  # fmt: skip
         first, second = pair_sums(
-            CODES[2 * k], q, peak, s_row, t_row, vocab, BENDS, BENDS_T, LANES, GROUP, WHOLE
+            CODES[2 * k], q, peak, s_row, t_row, vocab, BENDS, BENDS_T, LANES, GROUP, CUT
         )  # fmt: skip
         value, mean, own = value_and_mean(CODES[2 * k], first, second, peak, q)
         tl.store(values_ptr + k * stride_values + row, value)
@@ -222,7 +222,7 @@ def run_pair(
         pair_gradient(
             g_ptr, at, constants, terms, s_row, t_row, vocab, CODES, BENDS, BENDS_T,
             g_ptr.dtype.element_ty.primitive_bitwidth < x_ptr.dtype.element_ty.primitive_bitwidth,
-            LANES, GROUP, WHOLE,
+            LANES, GROUP, CUT,
         )  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def distill_kernel(
     temperature_ptr, bias_ptr, bias_t_ptr, grad_scale_ptr, head, head_t, numbers, outputs,
     stride_values,
     CODES: tl.constexpr, BENDS: tl.constexpr, BENDS_T: tl.constexpr,
-    UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Strides of rows in units of UNIT elements. A row that does not count is never read; its
     dlogits are 0.
@@ -257,7 +257,7 @@ def distill_kernel(
                 weight,
                 load_coefs(coefs_ptr, row, stride_coefs), vocab, gate_ptrs, temperature_ptr,
                 bias_ptr, bias_t_ptr, grad_scale_ptr, head, head_t, numbers, outputs,
-                stride_values, CODES, BENDS, BENDS_T, LANES, GROUP, WHOLE,
+                stride_values, CODES, BENDS, BENDS_T, LANES, GROUP, CUT,
             )  # fmt: skip
         else:
             tl.store(outputs[0] + row, 0.0)
@@ -266,7 +266,7 @@ def distill_kernel(
             for k in tl.static_range(len(CODES) // 2):
                 tl.store(outputs[1] + k * stride_values + row, 0.0)
             if HAS_GRAD:
-                zero_row(g_ptr, 0, vocab, LANES, GROUP, WHOLE)
+                zero_row(g_ptr, 0, vocab, LANES, GROUP, CUT)
 
 
 def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, outputs, grad_scale=None):
@@ -287,7 +287,7 @@ def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, output
     for code, _, scale, param in terms:
         numbers += (scale, *term_numbers(code, param))
     with device_of(logits):
-        distill_kernel[(row_programs(logits, config),)](
+        distill_kernel[(row_programs(config, logits, teacher),)](
             logits, teacher, dlogits, logits.stride(0) // unit, teacher.stride(0) // unit,
             0 if dlogits is None else dlogits.stride(0) // unit, count, vocab, rows.labels,
             rows.ignore_index, rows.weights, rows.coefs, rows.coefs.stride(0),
@@ -297,6 +297,6 @@ def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, output
             outputs[1].stride(0),
             CODES=tuple(x for code, gate, *_ in terms for x in (code, gate)),
             BENDS=head.softcap != 0, BENDS_T=head_t.softcap != 0,
-            UNIT=unit, LANES=config.lanes, GROUP=config.group, WHOLE=vocab % config.group == 0,
-            num_warps=config.warps, **FMA,
+            UNIT=unit, LANES=config.lanes, GROUP=config.group,
+            CUT=cuts(config.group, logits, teacher), num_warps=config.warps, **FMA,
         )  # fmt: skip

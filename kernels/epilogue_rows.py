@@ -30,16 +30,20 @@ OFFSET_LANES = 1024
 _OTHERS = {TABLE["entropy_term"].code, TABLE["smoothing"].code, CUSTOM_CODE}
 
 
-@triton.jit(do_not_specialize=["stride_hidden", "stride_weight", "vocab", "dim"])
+LABEL_SIZES = ["stride_hidden", "stride_weight", "vocab", "dim", "ignore_index"]
+
+
+@triton.jit(do_not_specialize=LABEL_SIZES)
 def label_logits_kernel(
-    hidden_ptr, weight_ptr, stride_hidden, stride_weight, vocab, dim, labels_ptr, bias_ptr,
-    temperature_ptr, head, offset_ptr, LANES: tl.constexpr,
+    hidden_ptr, weight_ptr, stride_hidden, stride_weight, vocab, dim, labels_ptr, ignore_index,
+    weights_ptr, bias_ptr, temperature_ptr, head, offset_ptr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """offset [N] fp32: y of each row's label (of entry 0 where the label is none), one program a
-    row.
+    """offset [N] fp32: y of each row's label (of entry 0 where it is outside [0, V)), one program a
+    row; +inf for a row that does not count, so that its exponentials are 0.
     """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
+    counted = (label != ignore_index) & (load_or(weights_ptr, row, 1.0) != 0.0)
     label = tl.where((label < 0) | (label >= vocab), 0, label)
     x_ptr = hidden_ptr + tl.cast(row, tl.int64) * stride_hidden
     w_ptr = weight_ptr + label * stride_weight
@@ -50,7 +54,8 @@ def label_logits_kernel(
         w = tl.load(w_ptr + offs, mask=offs < dim, other=0.0).to(tl.float32)
         total += x * w
     sign, _, _ = row_transform(head, temperature_ptr, row, False)
-    tl.store(offset_ptr + row, (tl.sum(total, axis=0) + load_or(bias_ptr, label, 0.0)) * sign)
+    offset = (tl.sum(total, axis=0) + load_or(bias_ptr, label, 0.0)) * sign
+    tl.store(offset_ptr + row, tl.where(counted, offset, float("inf")))
 
 
 def serves(call) -> bool:
@@ -70,15 +75,18 @@ def epilogue_rows(hidden, weight, rows, outputs, flag, exps, config=None):
     dlogits = F[:, None] * exps. Arguments as for `score_rows.Scoring`.
     """
     count, dim = hidden.shape
-    offset, factor, entry = torch.empty(3, count, dtype=torch.float32, device=hidden.device)
-    late = torch.empty(count, dtype=torch.int32, device=hidden.device)
+    # one allocation each: their alignment, and so what is compiled, does not depend on `count`
+    offset, factor, entry, late = (
+        torch.empty(count, dtype=dtype, device=hidden.device)
+        for dtype in (torch.float32, torch.float32, torch.float32, torch.int32)
+    )
     with device_of(hidden):
         config = config or epilogue_config(hidden, alignment(hidden, weight))
         block = Scoring(hidden, weight, rows, outputs, flag, exps.dtype, config)
         label_logits_kernel[(count,)](
             hidden, weight, hidden.stride(0), weight.stride(0), weight.shape[0], dim, rows.labels,
-            rows.bias, rows.temperature, block.scalars, offset, LANES=OFFSET_LANES, num_warps=4,
-            **FMA,
+            rows.ignore_index, rows.weights, rows.bias, rows.temperature, block.scalars, offset,
+            LANES=OFFSET_LANES, num_warps=4, **FMA,
         )  # fmt: skip
         stride = exps.stride(0) // ROW_UNIT
         block.multiply((exps, offset), stride)

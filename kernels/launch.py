@@ -37,10 +37,23 @@ def shifts(group: int, *tensors) -> bool:
     return aligned and alike and given[0].stride(0) % group != 0 and given[0].shape[0] > 1
 
 
-def row_programs(logits: torch.Tensor, config: RowConfig) -> int:
-    """Programs for these rows: as many as L2 keeps; in the interpreter one per row."""
-    rows, vocab = logits.shape
-    if logits.device.type == "cpu":
+def cuts(group: int, *rows) -> int:
+    """How groups of `group` elements at a row's end are read (`row_sums.places`): 0: none is cut,
+    1: whole, since each is aligned to its size, 2: entry by entry.
+    """
+    if rows[0].shape[1] % group == 0:
+        return 0
+    aligned = not any(x.data_ptr() % (group * x.element_size()) for x in rows)
+    return 1 if aligned and not any(x.stride(0) % group for x in rows) else 2
+
+
+def row_programs(config: RowConfig, *matrices, reads_again: bool = True) -> int:
+    """Programs for the rows of these [C, V]: as many as L2 keeps, where a program reads its rows
+    again; in the interpreter one per row.
+    """
+    rows, vocab = matrices[0].shape
+    if matrices[0].device.type == "cpu":
         return rows
-    sms, l2, _ = device_limits(logits.device.index)
-    return min(rows, programs_in_flight(vocab * logits.element_size(), config, sms, l2))
+    sms, l2, _ = device_limits(matrices[0].device.index)
+    row_nbytes = vocab * sum(x.element_size() for x in matrices) if reads_again else 0
+    return min(rows, programs_in_flight(row_nbytes, config, sms, l2))

@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 
 from pyoffline.kernels.configs import FMA, row_config
-from pyoffline.kernels.launch import alignment, device_of, row_programs, shifts, warp_size
+from pyoffline.kernels.launch import (
+    alignment,
+    cuts,
+    device_of,
+    row_programs,
+    shifts,
+    warp_size,
+)
 from pyoffline.kernels.objective_functions import product
 from pyoffline.kernels.row_finish import (
     checked_label,
@@ -60,13 +67,13 @@ def gradient_tile(
     x_ptr, g_ptr, base, label, constants, sums, low, high, bias_ptr, class_weight_ptr,
     sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
-    NARROWS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    NARROWS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of dlogits; label: its place, counted as the tiles are."""
     from_p, from_pt, from_u, at_label, at_zero = constants
-    offs, _, _ = places(base, low, high, GROUP, WHOLE)
+    offs, _, _ = places(base, low, high, GROUP, CUT)
     y = load_y(
-        x_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, WHOLE
+        x_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, CUT
     )  # fmt: skip
     dy = y - sums[0]
     e = tl.exp2(dy * slope2)
@@ -79,7 +86,7 @@ def gradient_tile(
         if class_weight_ptr is None:
             dz = dz - from_u
         else:
-            u = load_u(class_weight_ptr, base, low, high, True, MASKED, GROUP, WHOLE)
+            u = load_u(class_weight_ptr, base, low, high, True, MASKED, GROUP, CUT)
             dz = dz - tl.where(u == 0.0, 0.0, from_u * u)
     if BENDS:
         damp = 1.0 - y * y
@@ -88,17 +95,17 @@ def gradient_tile(
     if NARROWS:  # the tile's gradient lies over logits of this tile: all are read before
         tl.debug_barrier()
     if MASKED:
-        store_groups(g_ptr, base, dz, low, high, GROUP, WHOLE)
+        store_groups(g_ptr, base, dz, low, high, GROUP, CUT)
     else:
         tl.store(g_ptr + offs, dz)
 
 
 @triton.jit
-def store_groups(g_ptr, base, values, low, high, GROUP: tl.constexpr, WHOLE: tl.constexpr):
+def store_groups(g_ptr, base, values, low, high, GROUP: tl.constexpr, CUT: tl.constexpr):
     """Store what lies in the row: whole groups as 16 bytes, cut ones entry by entry."""
-    offs, group, inside = places(base, low, high, GROUP, WHOLE)
-    if WHOLE:
-        tl.store(g_ptr + offs, values, mask=group)
+    offs, _, inside = places(base, low, high, GROUP, CUT)
+    if CUT == 0:
+        tl.store(g_ptr + offs, values, mask=inside)
     else:
         whole = (base >= low) & (base + GROUP <= high)
         tl.store(g_ptr + offs, values, mask=whole)
@@ -110,7 +117,7 @@ def gradient_row(
     x_ptr, g_ptr, label, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner,
     slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
-    NARROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    NARROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
     SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """Second sweep of a row, tiles in ascending order."""
@@ -120,7 +127,7 @@ def gradient_row(
     if SHIFTS:
         gradient_tile(
             x_ptr, g_ptr, base, label, constants, sums, low, high, bias_ptr, class_weight_ptr,
-            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP, WHOLE,
+            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP, CUT,
         )  # fmt: skip
         first = BLOCK
     full = end_of_full_tiles(high, BLOCK, SHIFTS)
@@ -128,26 +135,26 @@ def gradient_row(
         gradient_tile(
             x_ptr, g_ptr, start + base, label, constants, sums, low, high, bias_ptr,
             class_weight_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False,
-            GROUP, WHOLE,
+            GROUP, CUT,
         )  # fmt: skip
     if full < high:
         gradient_tile(
             x_ptr, g_ptr, full + base, label, constants, sums, low, high, bias_ptr,
             class_weight_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True,
-            GROUP, WHOLE,
+            GROUP, CUT,
         )  # fmt: skip
 
 
 @triton.jit
 def zero_row(
-    g_ptr, low, high, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr
+    g_ptr, low, high, LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """An exact 0 over the row, whatever it held."""
     BLOCK: tl.constexpr = LANES * GROUP
     zero = tl.zeros([LANES, GROUP], g_ptr.dtype.element_ty)
     for start in range(0, high, BLOCK):
         base = start + tl.arange(0, LANES)[:, None] * GROUP
-        store_groups(g_ptr, base, zero, low, high, GROUP, WHOLE)
+        store_groups(g_ptr, base, zero, low, high, GROUP, CUT)
 
 
 @triton.jit
@@ -177,7 +184,7 @@ def row_pass_kernel(
     outputs, stride_coefs, flag_ptr,
     CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
     WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
     SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """Strides in units of UNIT elements, so that the compiler knows the alignment of every row.
@@ -209,14 +216,14 @@ def row_pass_kernel(
                 x_ptr, g_ptr if HAS_GRAD else None, row, label, weight, coefs, low, vocab,
                 given_ptrs, gate_ptrs, temperature_ptr, bias_ptr, class_weight_ptr, sum_u_ptr,
                 grad_scale_ptr, head, hyper, outputs, stride_coefs, flag_ptr, coefs_ptr is not None,
-                CODES, BENDS, SIGNED, WANT_PT, WANT_U, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE,
+                CODES, BENDS, SIGNED, WANT_PT, WANT_U, WANT_P2, WANT_GAP, LANES, GROUP, CUT,
                 SHIFTS,
             )  # fmt: skip
         else:
             zeros = (0.0, 0.0, 0.0, 0.0)
             write_row(outputs, row, stride_coefs, (0.0, 0.0, 0.0, 0.0, False, 0.0), 0.0, zeros)
             if HAS_GRAD:
-                zero_row(g_ptr, low, low + vocab, LANES, GROUP, WHOLE)
+                zero_row(g_ptr, low, low + vocab, LANES, GROUP, CUT)
 
 
 @triton.jit
@@ -225,7 +232,7 @@ def run_row(
     bias_ptr, class_weight_ptr, sum_u_ptr, grad_scale_ptr, head, hyper, outputs, stride_coefs,
     flag_ptr, GIVEN: tl.constexpr, CODES: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr,
     WANT_PT: tl.constexpr, WANT_U: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, SHIFTS: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """One row that counts: entries low to low + vocab from x_ptr."""
     high = low + vocab
@@ -238,7 +245,7 @@ def run_row(
     bias_label = load_or(bias_ptr, at, 0.0)
     sums = sum_row(
         x_ptr, low, high, bias_ptr, class_weight_ptr, sign, inner, slope2,
-        BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP, WHOLE, SHIFTS,
+        BENDS, SIGNED, WANT_P2, WANT_GAP, LANES, GROUP, CUT, SHIFTS,
     )  # fmt: skip
     y_label = bent(x_label, bias_label, sign, inner, bias_ptr is not None, BENDS, SIGNED) + poison
     sum_u = load_or(sum_u_ptr, 0, vocab * 1.0)
@@ -258,7 +265,7 @@ def run_row(
     write_row(outputs, row, stride_coefs, stats, loss, (a, b, c, e))
     if g_ptr is not None:
         if (a == 0.0) & (b == 0.0) & (c == 0.0) & (e == 0.0):
-            zero_row(g_ptr, low, high, LANES, GROUP, WHOLE)
+            zero_row(g_ptr, low, high, LANES, GROUP, CUT)
         else:
             factor = weight * load_or(grad_scale_ptr, 0, 1.0) * head[1]
             factor = factor / load_or(temperature_ptr, row, head[2])
@@ -277,7 +284,7 @@ def run_row(
                 sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U,
                 g_ptr.dtype.element_ty.primitive_bitwidth
                 < x_ptr.dtype.element_ty.primitive_bitwidth,
-                LANES, GROUP, WHOLE, SHIFTS,
+                LANES, GROUP, CUT, SHIFTS,
             )  # fmt: skip
 
 
@@ -305,7 +312,7 @@ def row_pass(
     coefs = rows.coefs if given else outputs[7]  # read or written, never both
     negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
     with device_of(logits):
-        row_pass_kernel[(row_programs(logits, config),)](
+        row_pass_kernel[(row_programs(config, logits, reads_again=dlogits is not None),)](
             logits, dlogits, logits.stride(0) // unit,
             0 if dlogits is None else dlogits.stride(0) // unit, count, vocab,
             rows.labels, rows.ignore_index, rows.weights, (rows.old, rows.mu, rows.ref, rows.adv),
@@ -318,6 +325,6 @@ def row_pass(
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
             WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
             UNIT=unit, LANES=config.lanes, GROUP=config.group,
-            WHOLE=vocab % config.group == 0 and not is_shifted, SHIFTS=is_shifted,
+            CUT=1 if is_shifted else cuts(config.group, logits), SHIFTS=is_shifted,
             num_warps=config.warps, **FMA,
         )  # fmt: skip

@@ -40,33 +40,32 @@ def bent(x, bias, sign, inner, HAS_BIAS: tl.constexpr, BENDS: tl.constexpr, SIGN
 
 
 @triton.jit
-def places(base, low, high, GROUP: tl.constexpr, WHOLE: tl.constexpr):
-    """(offsets [R, GROUP], mask of groups [R, 1], mask of entries) of the groups that start at base
-    [R, 1], for a row from `low` to `high`. A group that holds any entry of the row may be read as
-    one 16-byte access: it lies where that entry's page lies. WHOLE: all of a group is in the row or
-    none.
+def places(base, low, high, GROUP: tl.constexpr, CUT: tl.constexpr):
+    """(offsets [R, GROUP], mask of what may be read, mask of entries) of the groups that start at
+    base [R, 1], for a row from `low` to `high`. CUT, from `launch.cuts`: 0: all of a group is in
+    the row or none. 1: a group may be cut by the row's end, and is read whole: it is aligned, so it
+    lies where its entries' page lies. 2: a cut group is read entry by entry.
     """
     offs = base + tl.arange(0, GROUP)[None, :]
-    if WHOLE:
-        group = base < high
-        inside = group
-    else:
-        group = (base + GROUP > low) & (base < high)
+    readable = base < high
+    inside = readable
+    if CUT > 0:
         inside = (offs >= low) & (offs < high)
-    return offs, group, inside
+        readable = readable & (base + GROUP > low) if CUT == 1 else inside
+    return offs, readable, inside
 
 
 @triton.jit
 def load_y(
     row_ptr, base, low, high, bias_ptr, sign, inner,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
-    GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """y of the groups that start at base [R, 1], -inf outside the row."""
-    offs, group, inside = places(base, low, high, GROUP, WHOLE)
+    offs, readable, inside = places(base, low, high, GROUP, CUT)
     bias = 0.0
     if MASKED:
-        x = tl.load(row_ptr + offs, mask=group, other=0.0).to(tl.float32)
+        x = tl.load(row_ptr + offs, mask=readable, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + offs - low, mask=inside, other=0.0)
         y = bent(x, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
@@ -82,10 +81,10 @@ def load_y(
 @triton.jit
 def load_u(
     class_weight_ptr, base, low, high,
-    WANTED: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    WANTED: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Class weights there, or 1; 0 outside the row, and where nobody wants them."""
-    offs, _, inside = places(base, low, high, GROUP, WHOLE)
+    offs, _, inside = places(base, low, high, GROUP, CUT)
     if not WANTED:
         u = 0.0
     elif class_weight_ptr is not None:
@@ -127,7 +126,7 @@ def fold(y, u, state, slope2, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr):
 def sum_lane(
     row_ptr, lane, low, high, m, bias_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    WHOLE: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     """(ones, tail, tail of squares) of one lane of the row: entries equal to m, and the rest."""
     tiles = tl.arange(0, LANE_ROUND)[:, None]
@@ -135,7 +134,7 @@ def sum_lane(
     for first in range(0, tl.cdiv(high, LANES * GROUP), LANE_ROUND):
         base = ((first + tiles) * LANES + lane) * GROUP
         y = load_y(
-            row_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, WHOLE
+            row_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, True, GROUP, CUT
         )  # fmt: skip
         is_top = y == m
         e = tl.where(is_top, 0.0, tl.exp2((y - m) * slope2))
@@ -149,13 +148,13 @@ def sum_lane(
 def fold_tile(
     row_ptr, base, low, high, state, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    MASKED: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    MASKED: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Read a tile and add it."""
     y = load_y(
-        row_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, WHOLE
+        row_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, CUT
     )  # fmt: skip
-    u = load_u(class_weight_ptr, base, low, high, WANT_GAP, MASKED, GROUP, WHOLE)
+    u = load_u(class_weight_ptr, base, low, high, WANT_GAP, MASKED, GROUP, CUT)
     return fold(y, u, state, slope2, WANT_P2, WANT_GAP)
 
 
@@ -172,7 +171,7 @@ def end_of_full_tiles(high, BLOCK: tl.constexpr, SHIFTS: tl.constexpr):
 def sum_row(
     row_ptr, low, high, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, SHIFTS: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row, in units of y. The row is
     entries low to high from row_ptr, a multiple of 16 bytes; low is 0 unless SHIFTS.
@@ -185,23 +184,23 @@ def sum_row(
     if SHIFTS:
         state = fold_tile(
             row_ptr, base, low, high, state, bias_ptr, class_weight_ptr, sign, inner, slope2,
-            BENDS, SIGNED, WANT_P2, WANT_GAP, True, GROUP, WHOLE,
+            BENDS, SIGNED, WANT_P2, WANT_GAP, True, GROUP, CUT,
         )  # fmt: skip
         first = BLOCK
     full = end_of_full_tiles(high, BLOCK, SHIFTS)
     for start in range(first, full, BLOCK):
         state = fold_tile(
             row_ptr, start + base, low, high, state, bias_ptr, class_weight_ptr, sign, inner,
-            slope2, BENDS, SIGNED, WANT_P2, WANT_GAP, False, GROUP, WHOLE,
+            slope2, BENDS, SIGNED, WANT_P2, WANT_GAP, False, GROUP, CUT,
         )  # fmt: skip
     if full < high:
         state = fold_tile(
             row_ptr, full + base, low, high, state, bias_ptr, class_weight_ptr, sign, inner,
-            slope2, BENDS, SIGNED, WANT_P2, WANT_GAP, True, GROUP, WHOLE,
+            slope2, BENDS, SIGNED, WANT_P2, WANT_GAP, True, GROUP, CUT,
         )  # fmt: skip
     return join_lanes(
         row_ptr, low, high, state, bias_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_P2, WANT_GAP,
-        LANES, GROUP, WHOLE,
+        LANES, GROUP, CUT,
     )  # fmt: skip
 
 
@@ -209,7 +208,7 @@ def sum_row(
 def join_lanes(
     row_ptr, low, high, state, bias_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """The lanes' sums as the row's; the lane of the maximum is read again."""
     m_lane, d, s, q, ut, us = state
@@ -220,7 +219,7 @@ def join_lanes(
     r = tl.exp2(step * slope2)
     ones, tail, squares = sum_lane(
         row_ptr, best, low, high, m, bias_ptr, sign, inner, slope2, BENDS, SIGNED, LANES, GROUP,
-        WHOLE,
+        CUT,
     )  # fmt: skip
     other = lanes != best
     tail += tl.sum(tl.where(other, d * r, 0.0), axis=0)

@@ -271,6 +271,9 @@ def _chosen(k: Kernels, call: LinearCall) -> tuple[Tensor | None, int, LinearCal
             return None if x is None else torch.where(keep[:, None], x, 0.0)
 
         masked = {"hidden": zeroed(call.hidden), "adapter_hidden": zeroed(call.adapter_hidden)}
+        if call.rows.temperature is not None:  # that of a row that does not count may be NaN
+            temperature = torch.where(keep, call.rows.temperature, 1.0)
+            masked["rows"] = replace(call.rows, temperature=temperature)
         return None, n, replace(call, **masked)
     if count < 0:
         count = int(keep.sum())

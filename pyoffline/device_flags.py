@@ -1,7 +1,8 @@
 """Errors that a GPU kernel finds: a label outside [0, V). No host sync: the kernel writes the flag.
 
 The flag of a device is two int64 in pinned host memory, which the kernel writes and the host reads
-without waiting: (set, value * 2^32 + row). The next call on that device that comes after the
+without waiting: (set, value * 2^32 + row). The second is written in one piece and is never 0 when
+set, so the host asks it alone. The next call on that device that comes after the
 kernel has run raises, or `check()`, which waits for it. Not here: who launches.
 """
 
@@ -20,9 +21,9 @@ def flag_of(device: torch.device) -> torch.Tensor:
 def raise_pending(device: torch.device) -> None:
     """Raise IndexError if a kernel on this device has reported a label. Does not wait for it."""
     flag = _flags.get(device)
-    if flag is None or not int(flag[0]):
+    packed = 0 if flag is None else int(flag[1])
+    if packed == 0:
         return
-    packed = int(flag[1])
     flag.zero_()
     value, row = packed >> 32, packed & 0xFFFFFFFF
     raise IndexError(

@@ -13,6 +13,7 @@ from pyoffline.calls import LinearCall, LinearResult, LogitsCall, LogitsResult, 
 from pyoffline.device_flags import flag_of
 from pyoffline.gpu_rows import GpuRows, run_linear_call, run_logits_call
 from pyoffline.kernels import epilogue_rows
+from pyoffline.kernels.configs import ROW_UNIT
 from pyoffline.kernels.row_pass import row_pass
 from pyoffline.kernels.scale_by_upstream import scale_by_upstream as scale_by_upstream
 from pyoffline.kernels.score_rows import score_rows, sums_nbytes
@@ -89,13 +90,16 @@ class _Folding(GpuRows):
 
 
 def score_block(plan: PlanSettings, count: int, vocab: int) -> int:
-    """Rows of a launch: what the overrides allow, evenly cut."""
+    """Rows of a launch: what the overrides allow, evenly cut, in ROW_UNITs: the next block's
+    pointers are then aligned as this one's, and no kernel is compiled anew for them.
+    """
     if plan.rows:
         return plan.rows
     limit = SCORE_ROWS
     if plan.budget:
-        limit = min(limit, max(1, plan.budget // sums_nbytes(vocab)))
-    return math.ceil(count / math.ceil(count / limit))
+        limit = min(limit, max(1, plan.budget // sums_nbytes(vocab) // ROW_UNIT) * ROW_UNIT)
+    each = math.ceil(count / math.ceil(count / limit))
+    return math.ceil(each / ROW_UNIT) * ROW_UNIT
 
 
 def linear(call: LinearCall) -> LinearResult:

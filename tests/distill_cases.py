@@ -8,6 +8,7 @@ In fp64 it is the truth, in the data's own dtype the reference whose error is th
 import oracle
 import torch
 import torch.nn.functional as F
+from compare import check_gradient
 from torch import Tensor
 
 import pyoffline as po
@@ -202,3 +203,19 @@ CLASSES = {
     "renyi_divergence": "RenyiDivergence",
     "alpha_divergence": "AlphaDivergence",
 }
+
+
+def compare(batch, divergence, backend, chunk=None, run=run, **head):
+    """Held to twice the error of PyTorch in the batch's dtype, three times for gradients."""
+    exact = truth(batch, divergence, torch.float64)
+    bar = truth(batch, divergence)
+    with po.chunk_rows(chunk or 10_000):
+        got = run(batch, divergence, backend, **head)
+    grain = 4 * torch.finfo(torch.float32).eps * float(exact["terms"].abs().sum())
+    error = abs(float(got["loss"].double() - exact["loss"]))
+    rounding = abs(float(bar["loss"].double() - exact["loss"]))
+    assert error <= max(2 * rounding, grain), (error, rounding)
+    for k in ("dhidden", "dweight", "dbias"):
+        if exact.get(k) is not None:
+            check_gradient(k, got[k], exact[k], bar[k])
+    return got

@@ -1,12 +1,10 @@
 """What the GPU tests share: the two GPU backends, batches on the device, results on the host."""
 
 import batches
-import oracle
 import pytest
+import row_cases
 import torch
-from compare import check_forward, check_gradient, check_loss
 
-import pyoffline as po
 from pyoffline.backends import GPU_BACKENDS, why_not
 
 DEVICE = "cuda"
@@ -58,15 +56,5 @@ def run_logits(logits, batch, objective, backend, upstream=1.0):
 
 
 def compare(batch, objective, backend, chunk=None, upstream=1.0, **head):
-    """Against fp64, at the bar of the same-dtype PyTorch reference on the CPU."""
-    truth = oracle.run(batch, objective, torch.float64, upstream)
-    bar = oracle.run(batch, objective, None, upstream)
-    with po.chunk_rows(chunk or 10_000):
-        got = run(batch, objective, backend, upstream, **head)
-    check_loss(got["loss"], truth, bar)
-    for k in ("logps", "entropy", "lse"):
-        check_forward(k, got[k], truth[k], bar[k])
-    for k in ("dhidden", "dweight", "dbias"):
-        if truth.get(k) is not None:
-            check_gradient(k, got[k], truth[k], bar[k])
-    return got
+    """`row_cases.compare` on the device."""
+    return row_cases.compare(batch, objective, backend, chunk, upstream, run, **head)

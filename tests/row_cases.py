@@ -5,7 +5,7 @@ import math
 import batches
 import oracle
 import torch
-from compare import check_forward, check_gradient
+from compare import check_forward, check_gradient, check_loss
 
 import pyoffline as po
 from pyoffline.calls import Rows
@@ -36,13 +36,14 @@ def random_rows(n, vocab, objective, seed=0, **options):
     )  # fmt: skip
 
 
-def compare(batch, objective, chunk=None, upstream=1.0, run=batches.run):
-    """The Triton backend against fp64, at the bar of the same-dtype PyTorch reference."""
-    truth = oracle.run(batch, objective, torch.float64)
-    bar = oracle.run(batch, objective, batch["hidden"].dtype)
+def compare(batch, objective, backend="triton", chunk=None, upstream=1.0, run=batches.run, **head):
+    """Against fp64, at the bar of the same-dtype PyTorch reference on the CPU."""
+    truth = oracle.run(batch, objective, torch.float64, upstream)
+    bar = oracle.run(batch, objective, None, upstream)
     with po.chunk_rows(chunk or 10_000):
-        got = run(batch, objective, "triton", upstream)
-    for k in ("loss", "logps", "entropy", "lse"):
+        got = run(batch, objective, backend, upstream, **head)
+    check_loss(got["loss"], truth, bar)
+    for k in ("logps", "entropy", "lse"):
         check_forward(k, got[k], truth[k], bar[k])
     for k in ("dhidden", "dweight", "dbias"):
         if truth.get(k) is not None:

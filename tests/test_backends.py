@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 import pyoffline as po
 from pyoffline import cpu
@@ -235,28 +234,6 @@ print("ok")
 def test_m3_our_kernels_run_in_a_forked_child_after_use_in_the_parent():
     """Twenty times. (torch.mm itself hangs in a forked child with several threads: not ours.)"""
     assert python(FORK) == "ok"
-
-
-class Scored(Dataset):
-    """A data set that scores its rows with our kernels."""
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        g = torch.Generator().manual_seed(i)
-        logits = torch.randn(8, 50, generator=g)
-        with po.use_backend("cpu"):
-            return po.token_logps(logits, torch.arange(8)).logps
-
-
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_m3_dataloader_workers(start):
-    want = torch.stack([Scored()[i] for i in range(4)])
-    loader = DataLoader(
-        Scored(), batch_size=2, num_workers=1, multiprocessing_context=start, timeout=90
-    )
-    torch.testing.assert_close(torch.cat(list(loader)), want)
 
 
 def test_fp64_logits_are_computed_where_fp64_is():

@@ -220,6 +220,7 @@ def test_the_launch_goes_to_the_current_stream(backend):
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
+            po.token_logps(fresh, labels)  # this stream's first allocation may wait for the device
             torch.cuda._sleep(200_000_000)  # cycles: about 0.1 s
             logits.copy_(fresh)
             got = po.token_logps(logits, labels).logps

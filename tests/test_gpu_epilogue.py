@@ -8,7 +8,6 @@ import oracle
 import pytest
 import torch
 from compare import check_gradient, same_bits
-from row_cases import compare
 
 import pyoffline as po
 from pyoffline import triton_backend
@@ -41,7 +40,7 @@ def test_N1_against_fp64(name, options, dim):
     """Ragged rows and vocabulary, three chunks."""
     reads = COMPOSED.program(False).reads
     batch = batches.make(n=301, d=dim, v=4099, dtype=torch.bfloat16, reads=reads, **options)
-    compare(batch, COMPOSED, chunk=100, upstream=0.5, run=gpu_cases.run)
+    gpu_cases.compare(batch, COMPOSED, "triton", 100, 0.5)
 
 
 def test_late_rows_and_the_same_bits_run_to_run():

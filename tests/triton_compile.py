@@ -98,7 +98,7 @@ def _row_pass(dtype, chip, objective=None, grad=None, coefs=False, stats=True, o
         "UNIT": unit,
         "LANES": config.lanes,
         "GROUP": config.group,
-        "WHOLE": not shifted,
+        "CUT": int(shifted),
         "SHIFTS": shifted,
     }
     return row_pass_kernel, args, {"num_warps": config.warps}
@@ -130,7 +130,7 @@ def _distill(dtype, chip, codes):
         "UNIT": 16,
         "LANES": config.lanes,
         "GROUP": config.group,
-        "WHOLE": True,
+        "CUT": 0,
     }
     return distill_kernel, args, {"num_warps": config.warps}
 
@@ -186,7 +186,8 @@ def _score_tiles(dtype, chip, unit=16, options=(), precision="ieee", exps=()):
 def _label_logits(chip):
     args = dict.fromkeys(("hidden_ptr", "weight_ptr"), "*bf16")
     args |= dict.fromkeys(("stride_hidden", "stride_weight", "vocab", "dim"), "i32")
-    args |= {"labels_ptr": "*i64", "bias_ptr": None, "temperature_ptr": None}
+    args |= {"labels_ptr": "*i64", "ignore_index": "i32", "weights_ptr": FLOAT}
+    args |= {"bias_ptr": None, "temperature_ptr": None}
     args |= {"head": ("fp32",) * 3, "offset_ptr": FLOAT, "LANES": epilogue_rows.OFFSET_LANES}
     return epilogue_rows.label_logits_kernel, args, {"num_warps": 4}
 

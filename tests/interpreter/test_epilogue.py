@@ -301,6 +301,23 @@ def test_N2_N3_bad_hidden_states_show_in_their_row_and_ignored_ones_nowhere(valu
     same_bits("others", got["dhidden"][1:], clean["dhidden"][1:])
 
 
+@pytest.mark.parametrize("what", ["bias of -inf", "wide bias", "label", "weight"])
+def test_N2_rows_that_do_not_count_have_exponentials_of_zero(what):
+    """A captured graph multiplies them too: 0 times anything but inf and NaN."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 16, generator=g).to(BF16)
+    weight = torch.randn(40, 16, generator=g).to(BF16)
+    labels, weights, bias = torch.tensor([-100, 3, 5]), torch.ones(3), torch.zeros(40)
+    if what == "weight":
+        labels[0], weights[0] = 7, 0.0
+    bias[0] = {"bias of -inf": -INF, "wide bias": -200.0}.get(what, 0.0)
+    program = po.NLL().program(False)
+    rows = Rows(labels, weights, codes=program.codes, hyper=program.hyper, bias=bias)
+    factor, exps, _, flag = folded(hidden, weight, rows)
+    assert factor[0] == 0 and (exps[0] == 0).all() and not flag.any()
+    assert exps.isfinite().all() and (factor[1:] != 0).all() and (exps[1:] > 0).any()
+
+
 def test_N6_a_bad_label_makes_its_row_nan_and_raises_later(no_logits):
     batch = batches.make(n=5, d=8, v=77, dtype=BF16, ignored=False)
     clean = batches.run(batch, po.NLL(), "triton")

@@ -2,12 +2,16 @@
 the fp16 scale on the device, and the backend table under TRITON_INTERPRET=1.
 """
 
+import ctypes
+import mmap
+
 import batches
 import pytest
 import torch
 import triton
 import triton.language as tl
 from compare import same_bits
+from row_cases import outputs
 
 import pyoffline as po
 from pyoffline.calls import Rows
@@ -160,10 +164,38 @@ def test_backends_say_that_triton_is_there_and_when_not():
         po.token_logps(x, torch.zeros(2, dtype=torch.long))
 
 
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("vocab", [301, 303])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nothing_is_read_past_the_page_of_the_last_logit(dtype, vocab, start):
+    """Rows that end where memory ends: a read of more would end the process. Row 0 off and on a
+    multiple of 16 bytes.
+    """
+    page, count = mmap.PAGESIZE, 2
+    nbytes = count * vocab * dtype.itemsize
+    size = -(-nbytes // page + -1) * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = libc.mmap(None, ctypes.c_size_t(size + page), protection, flags, -1, 0)
+    assert libc.mprotect(ctypes.c_void_p(memory + size), ctypes.c_size_t(page), 0) == 0
+    edge = (ctypes.c_char * nbytes).from_address(memory + size - nbytes)
+    logits = torch.frombuffer(edge, dtype=dtype).view(count, vocab)[start:]
+    logits.copy_(torch.randn(logits.shape))
+    labels = torch.arange(logits.shape[0])
+    got = outputs(logits.shape[0], gap=None, coefs=None)
+    flag = torch.zeros(2, dtype=torch.int64)
+    row_pass(logits, None, Rows(labels), tuple(got.values()), flag)
+    want = logits.double().log_softmax(-1)[labels, labels]
+    torch.testing.assert_close(got["logps"].double(), want, rtol=1e-5, atol=1e-5)
+    libc.munmap(ctypes.c_void_p(memory), ctypes.c_size_t(size + page))
+
+
 def test_the_rows_in_flight_fit_l2():
     """H200: 132 multiprocessors, 50 MiB; a bf16 row of 151,936 logits is 297 KiB."""
     l2 = 50 << 20
     config = row_config(151_936, 2)
+    assert programs_in_flight(0, config, 132, l2) == 264  # statistics: nothing is read again
     assert programs_in_flight(2 * 151_936, config, 132, l2) == 132
     assert bytes_per_logit(151_936, 2, 132, l2) == 4.0
     assert 4.0 < bytes_per_logit(262_144, 2, 132, l2) < 6.0

@@ -19,7 +19,12 @@ import pyoffline as po
 from pyoffline import triton_backend
 from pyoffline.calls import HeadScalars, Rows
 from pyoffline.kernels import score_rows as kernel
-from pyoffline.kernels.configs import INTERPRETER_TILE, SCORE_TILES, score_family
+from pyoffline.kernels.configs import (
+    INTERPRETER_TILE,
+    SCORE_TILES,
+    multiplies_in_tf32,
+    score_family,
+)
 from pyoffline.kernels.row_pass import row_pass
 from pyoffline.plan import PlanSettings
 
@@ -332,14 +337,30 @@ def test_what_has_no_scoring_kernel_stores_logits(monkeypatch):
     ("settings", "count", "rows"),
     [
         (PlanSettings(0, 0, False), 4096, 4096),
-        (PlanSettings(0, 0, False), 8193, 4097),  # evenly cut
+        (PlanSettings(0, 0, False), 8193, 4112),  # evenly cut, in units of 16
         (PlanSettings(100, 0, False), 4096, 100),
-        (PlanSettings(0, 1 << 20, False), 4096, 216),  # 149 spans of 32 bytes: 219 rows fit
-        (PlanSettings(0, 1, False), 4096, 1),
+        (PlanSettings(0, 1 << 20, False), 4096, 208),  # 149 spans of 32 bytes: 219 rows fit
+        (PlanSettings(0, 1, False), 4096, 16),
     ],
 )
 def test_rows_of_a_launch_follow_the_overrides(settings, count, rows):
     assert triton_backend.score_block(settings, count, 151_936) == rows
+
+
+def test_tf32_is_read_however_it_was_set():
+    """torch refuses to say `allow_tf32` once `fp32_precision` was set."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32
+    try:
+        for value in (True, False):
+            flags.allow_tf32 = value
+            assert multiplies_in_tf32() == value
+        if hasattr(flags, "fp32_precision"):
+            for name in ("tf32", "ieee"):
+                flags.fp32_precision = name
+                assert multiplies_in_tf32() == (name == "tf32")
+    finally:
+        flags.allow_tf32 = before
 
 
 def test_every_chip_and_dtype_has_a_tile():
