@@ -24,9 +24,9 @@ bench: install
 	$(BIN)/pyoffline bench
 
 # tests/conftest.py leaves out what only a GPU can run, and counts it in the closing lines as not run.
-# JOBS processes; a file's tests stay together, in order.
+# JOBS processes, each with its share of the cores; a file's tests stay together, in order.
 test: install
-	$(PYTEST) -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c "import os; print(max(1, os.cpu_count() // $(JOBS)))")} $(PYTEST) -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
