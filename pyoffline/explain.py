@@ -12,6 +12,7 @@ PER_ROW_BYTES = 64  # row scalars, labels and their compacted copies
 # What MKL keeps after a product, measured at C = 256 and 1024, D = 256 and 1024 (2026-11-21).
 # Half precision: two fp32 copies of a panel's operands, beside the panel of fp32 logits itself
 # (widths of csrc/cpu/panel.h). fp32: packing blocks of a thread, whatever V (less below C = 100).
+# On one thread it keeps one copy, and no blocks.
 SGEMM_NBYTES, SGEMM_NBYTES_PER_COLUMN = 9 * MIB, 5 * 1024
 
 
@@ -29,12 +30,13 @@ def _gemm_nbytes(rows: int, hidden: int, dtype: torch.dtype, device: str) -> tup
     part = rows * hidden * stats_dtype(dtype).itemsize  # dhidden of a chunk before its cast
     if device != "cpu" or dtype == torch.float64:
         return part, 0
+    threads = torch.get_num_threads()
     if dtype == torch.float32:
         block = SGEMM_NBYTES + SGEMM_NBYTES_PER_COLUMN * hidden
-        return part, torch.get_num_threads() * block
+        return part, threads * block if threads > 1 else 0
     panels = _panels()
     copies = rows * panels["dhidden"] + panels["logits"] * hidden + rows * hidden
-    return max(part, rows * panels["logits"] * 4), 8 * copies
+    return max(part, rows * panels["logits"] * 4), (8 if threads > 1 else 4) * copies
 
 
 @dataclass(frozen=True)
