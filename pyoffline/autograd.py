@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from pyoffline import ops
 from pyoffline.backends import load, pick, scaling_backend
-from pyoffline.ops import DTYPES
+from pyoffline.ops import DTYPES, Ints
 
 # References to a formed gradient that nobody outside holds: the tuple of them, the argument of
 # `apply_upstream`, that of getrefcount. Who calls an op directly (opcheck) keeps its outputs.
@@ -202,7 +202,7 @@ def linear_logps(
     logits_dtype: int,
     needs: int,
     backend: str,
-    plan: list[int],
+    plan: Ints,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logps, entropy, lse, log_sum_p2, is_top1: one GEMM; the backward recomputes the logits."""
     vectors = (None, None, None, None, None, temperature)

@@ -18,7 +18,7 @@ from pyoffline.calls import LinearCall, LogitsCall, RowOutputs
 from pyoffline.coupled_loop import mean_metrics, run_coupled
 from pyoffline.coupled_program import Evaluated, evaluate_units, metric_names, reads_gap
 from pyoffline.coupled_units import CoupledInputs, Units
-from pyoffline.ops import DTYPES, Twelve
+from pyoffline.ops import DTYPES, Ints, Tensors, Twelve
 from pyoffline.plan import settings_of
 
 _LINEAR_ARGS, _LOGITS_ARGS = 28, 21
@@ -76,7 +76,7 @@ def linear_coupled(
     ref: Tensor | None,
     adv: Tensor | None,
     temperature: Tensor | None,
-    extras: list[Tensor],
+    extras: Tensors,
     sequence_ids: Tensor,  # [N] int64
     rewards: Tensor | None,  # [S]
     group_ids: Tensor | None,
@@ -85,13 +85,13 @@ def linear_coupled(
     omega: Tensor | None,
     hyper: Tensor,  # [K, 8] fp64 cpu
     head: Tensor,  # [3] fp64 cpu: softcap, logit_scale, temperature
-    codes: list[int],
+    codes: Ints,
     gates: str,
     ignore_index: int,
     logits_dtype: int,
     needs: int,
     backend: str,
-    plan: list[int],
+    plan: Ints,
 ) -> Twelve:
     """loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], dhidden, dweight, dbias and the
     adapter's two.
@@ -135,7 +135,7 @@ def logits_coupled(
     ref: Tensor | None,
     adv: Tensor | None,
     temperature: Tensor | None,
-    extras: list[Tensor],
+    extras: Tensors,
     sequence_ids: Tensor,
     rewards: Tensor | None,
     group_ids: Tensor | None,
@@ -143,7 +143,7 @@ def logits_coupled(
     ref_sums: Tensor | None,
     omega: Tensor | None,
     hyper: Tensor,
-    codes: list[int],
+    codes: Ints,
     gates: str,
     ignore_index: int,
     needs_grad: bool,

@@ -13,6 +13,7 @@ from pyoffline import autograd, ops
 from pyoffline.backends import DISTILL, load
 from pyoffline.calls import HeadScalars, LinearCall, stats_dtype
 from pyoffline.distill_loop import DistillCall, DivergenceUse, Teacher
+from pyoffline.ops import Ints, Tensors
 from pyoffline.plan import settings_of
 
 EXTRAS, NEEDS, ARGUMENTS = 12, 20, 35  # places among the op's arguments, and their number
@@ -47,17 +48,17 @@ def linear_distill(
     ref: Tensor | None,
     adv: Tensor | None,
     temperature: Tensor | None,
-    extras: list[Tensor],
+    extras: Tensors,
     class_weight: Tensor | None,  # always None: the place of linear_policy's
     hyper: Tensor,  # [K, 8] fp64 cpu
     head: Tensor,  # [3] fp64 cpu: softcap, logit_scale, temperature
-    codes: list[int],
+    codes: Ints,
     gates: str,
     ignore_index: int,
     logits_dtype: int,
     needs: int,
     backend: str,
-    plan: list[int],
+    plan: Ints,
     teacher_hidden: Tensor | None,  # [N, D']
     teacher_weight: Tensor | None,  # [V, D']
     teacher_bias: Tensor | None,  # [V]
@@ -68,7 +69,7 @@ def linear_distill(
     teacher_logps: Tensor | None,  # [N, k]
     teacher_head: Tensor,  # [3] fp64 cpu
     teacher_dtype: int,
-    divergences: list[int],  # (code, gate) pairs
+    divergences: Ints,  # (code, gate) pairs
     divergence_hyper: Tensor,  # [M, 2] fp64 cpu: scale, parameter
 ) -> Fifteen:
     """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, divergences [M, N], teacher_entropy,

@@ -8,6 +8,8 @@ Their autograd formulas are in `autograd.py`. Flags say which gradients are want
 off inside an op, so they are computed outside.
 """
 
+from typing import List  # noqa: UP035
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,9 @@ def _flat(result, n: int) -> tuple[Tensor, ...]:
     )
 
 
+# A custom op takes no `list[...]` before torch 2.7.
+Tensors = List[Tensor]  # noqa: UP006
+Ints = List[int]  # noqa: UP006
 Twelve = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]
@@ -101,17 +106,17 @@ def linear_policy(
     ref: Tensor | None,
     adv: Tensor | None,
     temperature: Tensor | None,
-    extras: list[Tensor],
+    extras: Tensors,
     class_weight: Tensor | None,  # [V]
     hyper: Tensor,  # [K, 8] fp64 cpu
     head: Tensor,  # [3] fp64 cpu: softcap, logit_scale, temperature
-    codes: list[int],
+    codes: Ints,
     gates: str,
     ignore_index: int,
     logits_dtype: int,
     needs: int,
     backend: str,
-    plan: list[int],
+    plan: Ints,
 ) -> Twelve:
     """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, dhidden, dweight, dbias and the
     adapter's two.
@@ -190,7 +195,7 @@ def linear_coefs(
     logits_dtype: int,
     needs: int,
     backend: str,
-    plan: list[int],
+    plan: Ints,
 ) -> Five:
     """dhidden, dweight, dbias and the adapter's two from given row coefficients; recomputes the
     logits.
@@ -226,10 +231,10 @@ def logits_policy(
     ref: Tensor | None,
     adv: Tensor | None,
     temperature: Tensor | None,
-    extras: list[Tensor],
+    extras: Tensors,
     class_weight: Tensor | None,
     hyper: Tensor,
-    codes: list[int],
+    codes: Ints,
     gates: str,
     ignore_index: int,
     needs_grad: bool,

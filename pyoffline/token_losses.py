@@ -13,7 +13,7 @@ from pyoffline import ops
 from pyoffline.autograd import once
 from pyoffline.backends import load
 from pyoffline.calls import LinearCall, LogitsCall, Needs, stats_dtype
-from pyoffline.ops import DTYPES
+from pyoffline.ops import DTYPES, Ints, Tensors
 from pyoffline.plan import settings_of
 
 
@@ -23,17 +23,17 @@ def linear_losses(
     weight: Tensor,  # [V, D]
     bias: Tensor | None,
     labels: Tensor,
-    extras: list[Tensor],
+    extras: Tensors,
     class_weight: Tensor | None,
     hyper: Tensor,
     head: Tensor,
-    codes: list[int],
+    codes: Ints,
     gates: str,
     ignore_index: int,
     logits_dtype: int,
     needs: int,
     backend: str,
-    plan: list[int],
+    plan: Ints,
 ) -> tuple[Tensor, Tensor]:
     """loss_t [N] and its coefficients [4, N]."""
     shared = (bias, class_weight)
@@ -82,10 +82,10 @@ linear_losses.register_autograd(_linear_backward, setup_context=_linear_setup)
 def logits_losses(
     logits: Tensor,  # [N, V]
     labels: Tensor,
-    extras: list[Tensor],
+    extras: Tensors,
     class_weight: Tensor | None,
     hyper: Tensor,
-    codes: list[int],
+    codes: Ints,
     gates: str,
     ignore_index: int,
     backend: str,
