@@ -38,7 +38,8 @@ def batch_of(teacher, dtype=torch.float32, **options):
 def poisoned(batch, rows, name, value):
     source = batch["extra"] if name == "g" else batch
     changed = source[name].clone()
-    changed[rows] = int(value) if name == "ids" else value
+    # a tensor: torch 2.6 refuses the number 1e30 in fp16
+    changed[rows] = torch.tensor(value).to(changed.dtype)
     new = {**source, name: changed}
     return {**batch, "extra": new} if name == "g" else new
 

@@ -23,7 +23,8 @@ def poisoned(batch, rows, name, value):
     """A copy of the batch whose `rows` of one tensor hold `value`."""
     source = batch["extra"] if name == "g" else batch
     changed = source[name].clone()
-    changed[rows] = value
+    # a tensor: torch 2.6 refuses the number 1e30 in fp16
+    changed[rows] = torch.tensor(value).to(changed.dtype)
     new = {**source, name: changed}
     return {**batch, "extra": new} if name == "g" else new
 
