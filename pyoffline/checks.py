@@ -43,9 +43,17 @@ def labels(x, shape, device) -> Tensor:
 
 def integer(name: str, x):
     """`x` is an int (under tracing: a symbolic one)."""
-    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+    # a tuple here and wherever else a compiled call may pass: Dynamo of torch 2.6 knows no `A | B`
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(x).__name__} {x!r}")
     return x
+
+
+def read_lazily(record) -> None:
+    """Dynamo of torch 2.6 and 2.7 guards every field of a frozen dataclass, read or not, and so
+    compiles once per value; the instance hides that it is one.
+    """
+    object.__setattr__(record, "__dataclass_params__", None)
 
 
 def temperatures(name: str, x: Tensor, counted: Tensor) -> None:

@@ -30,6 +30,7 @@ class Objective:
         self.check()
         programs = (compile_terms(self.terms(False)), compile_terms(self.terms(True)))
         object.__setattr__(self, "_programs", programs)
+        checks.read_lazily(self)
 
     def program(self, has_mu: bool) -> Program:
         """The flat form, built with the object so that torch.compile sees its floats as a
@@ -44,7 +45,7 @@ class Objective:
         return _Sum((self, -1.0 * other)) if isinstance(other, Objective) else NotImplemented
 
     def __mul__(self, factor):
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
         if not abs(factor) < math.inf:
             raise ValueError(f"an objective can be scaled by a finite float only, got {factor}")
@@ -94,7 +95,7 @@ def check_floats(obj: Objective, skip=(), **bounds: tuple[float, float]) -> None
         value = getattr(obj, f.name)
         if value is None or (isinstance(value, str) and isinstance(f.default, str)):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{type(obj).__name__}({f.name}=...) expects a float, got {value!r}")
         low, high = bounds.get(f.name, (-math.inf, math.inf))
         if not low <= value <= high:  # false for NaN too

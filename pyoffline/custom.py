@@ -185,10 +185,10 @@ def _check_per_token(fn, name, view, n) -> None:
 def _check_closed_form(closed_form, traced, name, view, args) -> None:
     got = closed_form(view(slice(None)))
     want = traced(*args)
-    if not isinstance(got, tuple | list) or len(got) != len(want):
+    if not isinstance(got, (tuple, list)) or len(got) != len(want):
         raise ValueError(
             f"custom objective {name!r}: the closed form returns (loss, dL/dlogp, dL/dentropy, "
-            f"dL/dlse), got {len(got) if isinstance(got, tuple | list) else type(got).__name__}"
+            f"dL/dlse), got {len(got) if isinstance(got, (tuple, list)) else type(got).__name__}"
         )
     for label, g, w in zip(("loss", "a", "b", "c"), got, want, strict=True):
         g = torch.as_tensor(g, dtype=w.dtype).expand_as(w)

@@ -102,7 +102,7 @@ def linear_distill_loss(
     loss, _, *rest = result[:10]
     rest = [r.detach() for r in rest]
     metrics = token_metrics(flat, program.objective, *rest[:5])
-    metrics |= _metrics(flat, program, *rest[5:])
+    metrics.update(_metrics(flat, program, *rest[5:]))
     return LossOutput(loss, TokenStats(*(r.reshape(shape) for r in rest[:5])), metrics)
 
 
@@ -135,7 +135,8 @@ def _metrics(flat, program: DistillProgram, values, teacher_entropy, agreement) 
         factor = hyper[k, 0] if gate < 0 else hyper[k, 0] * flat.extras[gate]
         total = total + torch.where(factor == 0, 0.0, factor * values[k])
         # two of a kind (JSD(0.1) + JSD(0.9)) are told apart by their place
-        out[name if program.names.count(name) == 1 else f"{name}/{k}"] = mean(values[k])
+        others = program.names[:k] + program.names[k + 1 :]
+        out[f"{name}/{k}" if name in others else name] = mean(values[k])
     return {
         "divergence": mean(total),
         **out,

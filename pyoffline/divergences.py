@@ -67,6 +67,7 @@ class Divergence:
             )
         programs = tuple(_compile(terms, objective, has_mu) for has_mu in (False, True))
         object.__setattr__(self, "_programs", programs)
+        checks.read_lazily(self)
 
     def program(self, has_mu: bool) -> DistillProgram:
         """The flat form, built with the object so that torch.compile sees its floats as a
@@ -88,13 +89,13 @@ class Divergence:
         return self + other if isinstance(other, Objective) else NotImplemented
 
     def __sub__(self, other):
-        return self + -1.0 * other if isinstance(other, Divergence | Objective) else NotImplemented
+        return self + -1.0 * other if isinstance(other, (Divergence, Objective)) else NotImplemented
 
     def __rsub__(self, other):
         return -1.0 * self + other if isinstance(other, Objective) else NotImplemented
 
     def __mul__(self, factor):
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
         if not abs(factor) < math.inf:
             raise ValueError(f"a divergence can be scaled by a finite float only, got {factor}")
@@ -111,11 +112,11 @@ class Divergence:
         """Multiply, per token, by `tokens.extra[name]`."""
         checks.gate_name(name)
         terms, objective = self.parts()
-        twice = next((t for t in terms if t.gate), None)
-        if twice is not None:
-            raise ValueError(
-                f"a term can be weighted once: {twice.row} by {twice.gate!r} and {name!r}"
-            )
+        for twice in terms:
+            if twice.gate:
+                raise ValueError(
+                    f"a term can be weighted once: {twice.row} by {twice.gate!r} and {name!r}"
+                )
         gated = tuple(replace(t, gate=name) for t in terms)
         return _Mixed(gated, None if objective is None else objective.weighted_by(name))
 

@@ -91,8 +91,8 @@ def check_sequences_read(tokens: TokenBatch, program: Program, owner) -> None:
             f"tokens.sequences: expected a po.SequenceBatch, got {type(batch).__name__}"
         )
     allowed = program.sequence_reads | program.optional
-    # no `|=`: Dynamo before 2.12 takes it for a method of the frozenset
-    allowed = allowed | frozenset(name for names in program.one_of for name in names)
+    # no `|=`: Dynamo before 2.12 takes it for a method of the frozenset; a list, as in program.py
+    allowed = allowed | frozenset([name for names in program.one_of for name in names])
     if any(row.weighs != "token" for row in program.coupled):
         allowed = allowed | {"omega"}
     for field, name in SEQUENCE_FIELDS.items():

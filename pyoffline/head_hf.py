@@ -277,8 +277,9 @@ def refuse_unused_parameters(head: nn.Module, parts: LinearParts) -> None:
     """Raises NotImplementedError if a trainable parameter of the head is not in `parts`."""
     if not torch.is_grad_enabled():
         return
-    used = {id(parts.weight), id(parts.bias)}
-    used |= {id(factor) for x in parts.adapters for factor in (x.a, x.b)}
+    of_adapters = [factor for x in parts.adapters for factor in (x.a, x.b)]
+    # Dynamo of torch 2.6 has no id(None) and no `|=` of sets
+    used = {id(p) for p in (parts.weight, parts.bias, *of_adapters) if p is not None}
     unused = [name for name, p in head.named_parameters() if p.requires_grad and id(p) not in used]
     if unused:
         raise NotImplementedError(

@@ -77,7 +77,7 @@ def token_logps(
         raise ValueError(f"logits: expected [..., V] with V > 0, got {tuple(logits.shape)}")
     shape, device = logits.shape[:-1], logits.device
     flat = checks.labels(labels, shape, device).reshape(-1).contiguous()
-    if isinstance(temperature, int | float):
+    if isinstance(temperature, (int, float)):
         temperature = torch.full(shape, float(temperature), device=device)
     stats = autograd.apply(
         autograd.logits_logps,

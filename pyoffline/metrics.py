@@ -32,10 +32,10 @@ def _clipped(program, ratio: Tensor, flat, count: Tensor) -> dict[str, Tensor]:
     below for A < 0, above for A > 0 (TRL's names); empty where there is no such row.
     """
     codes = () if program is None else program.codes[0::3]
-    at = next((k for k, code in enumerate(codes) if code in _CLIPPED), None)
-    if at is None:
+    at = [k for k, code in enumerate(codes) if code in _CLIPPED]
+    if not at:
         return {}
-    low, high = program.hyper[at, 1:3].unbind()
+    low, high = program.hyper[at[0], 1:3].unbind()
     adv = torch.ones_like(ratio) if flat.adv is None else flat.adv
     below, above = (ratio < 1.0 - low) & (adv < 0), (ratio > 1.0 + high) & (adv > 0)
     fractions = {"low": below, "high": above, "region": below | above}
@@ -64,7 +64,7 @@ def token_metrics(flat, program, logps, entropy, lse, log_sum_p2, is_top1) -> di
         out["ratio/mean"] = _mean(ratio, valid, count)
         out["ratio/min"], out["ratio/max"] = _range(ratio, valid)
         out["approx_kl"] = _mean(torch.expm1(moved) - moved, valid, count)
-        out |= _clipped(program, ratio, flat, count)
+        out.update(_clipped(program, ratio, flat, count))
     if flat.ref is not None:
         gap = flat.ref - logps
         out["kl"] = _mean(torch.expm1(gap) - gap, valid, count)

@@ -8,7 +8,6 @@ maths of its own.
 
 import difflib
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,8 +87,11 @@ class Term:
 
 def snake_case(name: str) -> str:
     """PPOClip -> ppo_clip, WeightedNLL -> weighted_nll."""
-    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
-    return re.sub(r"([a-z\d])([A-Z])", r"\1_\2", name).lower()
+    out = name[:1]  # no `re`: Dynamo of torch 2.6 does not trace it
+    for i in range(1, len(name)):
+        starts = not name[i - 1].isupper() or name[i + 1 : i + 2].islower()
+        out += f"_{name[i]}" if name[i].isupper() and starts else name[i]
+    return out.lower()
 
 
 # Configuration names -> objective classes (or registered custom objectives).

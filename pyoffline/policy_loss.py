@@ -27,7 +27,7 @@ def _output(flat, program, loss, stats, shape, more=()) -> LossOutput:
     detached = [x.detach() for x in stats]
     more = dict(more)
     clips = None if "clip_ratio/region_mean" in more else program  # a sequence's clip goes first
-    metrics = token_metrics(flat, clips, *detached) | more
+    metrics = {**token_metrics(flat, clips, *detached), **more}
     return LossOutput(loss, TokenStats(*(x.reshape(shape) for x in detached)), metrics)
 
 

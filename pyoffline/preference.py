@@ -40,7 +40,7 @@ _SMOOTHED = (*SOFT, "exo_pair", "robust", *AOT)
 
 def _number(obj, name: str, low: float, high: float) -> None:
     value, where = getattr(obj, name), type(obj).__name__
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}({name}=...) expects a float, got {value!r}")
     if not low <= value <= high or math.isinf(value):  # true for NaN too
         raise ValueError(f"{where}({name}={value}) is outside [{low:g}, {high:g}] or not finite")
@@ -206,7 +206,7 @@ class KTO(_Pair):
             if kl.dim():
                 raise ValueError(f"KTO(kl=...): expected a float or a 0-d tensor, got {kl.shape}")
             kl = float(kl)
-        if isinstance(kl, float | int) and kl < 0:
+        if isinstance(kl, (int, float)) and kl < 0:
             kl = 0.0
         object.__setattr__(self, "kl", kl)
         super().__post_init__()

@@ -148,7 +148,8 @@ def compile_terms(terms: tuple[Term, ...]) -> Program:
         frozenset(reads & set(_TOKEN_INPUTS)),
         needs_adv,
         frozenset(reads & set(SEQUENCE_FIELDS.values())),
-        frozenset(name for row in rows for name in row.optional),
+        # a list: Dynamo of torch 2.7 makes no frozenset of a generator
+        frozenset([name for row in rows for name in row.optional]),
         tuple(names for row in rows for names in row.one_of),
     )
 

@@ -6,7 +6,7 @@ before the loss reads them as `ref`. Not here: given log-probs (`flatten.py`), w
 of a teacher (`distill.py`).
 """
 
-from dataclasses import replace
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ def with_reference(
             )
     except (TypeError, ValueError) as error:
         raise type(error)(f"tokens.ref_logps, a TeacherHead: {error}") from error
-    return replace(tokens, ref_logps=stats.logps)
+    # dataclasses.replace, which Dynamo of torch 2.6 does not trace
+    given = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
+    return TokenBatch(**{**given, "ref_logps": stats.logps})
 
 
 def _counted_labels(tokens: TokenBatch) -> Tensor:

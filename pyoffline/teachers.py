@@ -109,7 +109,7 @@ def _from_logits(teacher: TeacherLogits, shape, device, vocab: int) -> FlatTeach
     x, temperature = teacher.logits, teacher.temperature
     checks.floating("TeacherLogits(logits)", x)
     checks.same_device("TeacherLogits(logits)", x, device)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(
             f"TeacherLogits(temperature): expected a float above 0, got {temperature!r}"
         )

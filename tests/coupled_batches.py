@@ -91,11 +91,12 @@ def make(reads="", dtype=torch.float32, seed=0, lengths=LENGTHS, d=32, v=211, **
 def tokens(batch: dict, **changes) -> po.TokenBatch:
     """The packed TokenBatch of a batch."""
     given = {FIELDS[k]: batch[k] for k in FIELDS if batch.get(k) is not None}
-    given |= {k: batch[k] for k in ("labels", "weights", "temperature")}
+    # no `|=` of dicts: Dynamo of torch 2.6 has none
+    given.update({k: batch[k] for k in ("labels", "weights", "temperature")})
     parts = {"rewards": "rewards", "group_ids": "group", "weights": "omega"}
     own = {k: batch[v] for k, v in parts.items() if batch.get(v) is not None}
     sequences = po.SequenceBatch(**own) if own else None
-    given |= {"advantages": batch.get("adv"), "sequences": sequences, "sequence_ids": batch["ids"]}
+    given.update(advantages=batch.get("adv"), sequences=sequences, sequence_ids=batch["ids"])
     return po.TokenBatch(**{**given, "extra": batch["extra"] or None, **changes})
 
 
