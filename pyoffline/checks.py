@@ -49,11 +49,15 @@ def integer(name: str, x):
     return x
 
 
+_GUARDS_FIELDS = torch.__version__ < (2, 11)  # 2.11 is the oldest that was seen to do without
+
+
 def read_lazily(record) -> None:
     """Dynamo of torch 2.6 and 2.7 guards every field of a frozen dataclass, read or not, and so
-    compiles once per value; the instance hides that it is one.
+    compiles once per value: there the instance hides that it is one.
     """
-    object.__setattr__(record, "__dataclass_params__", None)
+    if _GUARDS_FIELDS:
+        object.__setattr__(record, "__dataclass_params__", None)
 
 
 def temperatures(name: str, x: Tensor, counted: Tensor) -> None:
