@@ -293,9 +293,9 @@ class Asked(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        flag = flag_of(torch.device("cpu")).data_ptr()  # on a GPU this one is host memory
+        flag = flag_of(torch.device("cpu"))  # on a GPU this one is host memory
         name = func._schema.name.removeprefix("aten::")
-        if name in self.SYNCS and args[0].data_ptr() != flag:
+        if name in self.SYNCS and args[0].data_ptr() not in (x.data_ptr() for x in flag):
             self.seen.append(func._schema.name)
         return func(*args, **(kwargs or {}))
 

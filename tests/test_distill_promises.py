@@ -38,8 +38,7 @@ def batch_of(teacher, dtype=torch.float32, **options):
 def poisoned(batch, rows, name, value):
     source = batch["extra"] if name == "g" else batch
     changed = source[name].clone()
-    # a tensor: torch 2.6 refuses the number 1e30 in fp16
-    changed[rows] = torch.tensor(value).to(changed.dtype)
+    changed[rows] = torch.tensor(value).to(changed.dtype)  # torch 2.6: no number 1e30 in fp16
     new = {**source, name: changed}
     return {**batch, "extra": new} if name == "g" else new
 
