@@ -2,6 +2,7 @@
 #include "bindings.h"
 #include "cpu/gemm.h"
 #include "cpu/panel.h"
+#include "cpu/tile_gemm.h"
 
 namespace pyoffline {
 
@@ -23,10 +24,10 @@ void gemm_dhidden_py(py::object dlogits, py::object weight, py::object out, py::
   const TensorArg dz = call.input(dlogits, "dlogits", kLogits, {kAny, kAny}, true);
   const TensorArg w = call.input(weight, "weight", dz.kind, {dz.shape[1], kAny}, true);
   const TensorArg dx = call.output(out, "out", kF32, {dz.shape[0], w.shape[1]});
-  threads_arg(call, threads);
+  const int count = threads_arg(call, threads);
   call.check_overlaps();
   py::gil_scoped_release release;
-  gemm_dhidden(matrix(dz), matrix(w), matrix(dx));
+  gemm_dhidden(matrix(dz), matrix(w), matrix(dx), count);
 }
 
 void gemm_dweight_py(py::object dlogits, py::object hidden, py::object acc, py::object beta,
@@ -48,16 +49,29 @@ void gemm_dweight_py(py::object dlogits, py::object hidden, py::object acc, py::
   gemm_dweight(matrix(dz), matrix(x), dweight, count);
 }
 
+// Whose CPU it is: MKL's packing buffers differ.
+const char* cpu_maker() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
+}
+
 py::dict gemm_info_py() {
   const GemmInfo info = gemm_info();
   py::dict dict;
   dict["bf16"] = info.bf16;
   dict["fp16"] = info.f16;
   dict["fp32"] = info.f32;
+  dict["tiles"] = info.tiles;
+  dict["cpu"] = cpu_maker();
   dict["library"] = info.library;
   dict["missing"] = info.missing;
   dict["panels"] = py::dict(py::arg("logits") = kLogitsPanel, py::arg("dhidden") = kDHiddenPanel,
-                            py::arg("dweight") = kDWeightPanel);
+                            py::arg("dweight") = kDWeightPanel,
+                            py::arg("tile_dhidden") = kTileDHiddenPanel);
   return dict;
 }
 
@@ -75,7 +89,12 @@ void bind_gemm(py::module_& module) {
              py::arg("out_scale") = 1.0, py::arg("threads") = 1,
              "acc[V,D] float32 = dlogits.T @ hidden + beta * acc; out = cast(out_scale * acc).");
   module.def("gemm_info", gemm_info_py,
-             "Which vendor GEMMs were found (bf16, fp16, fp32), in which library, and why not.");
+             "Which vendor GEMMs were found (bf16, fp16, fp32), whether bf16 runs on oneDNN's tile kernel, "
+             "in which library, and why not.");
+  module.def("tile_gemm_nbytes", tile_gemm_nbytes, py::arg("n"), py::arg("k"), py::arg("threads"),
+             "Scratch bytes of a bf16 product with n columns and inner size k on the tile kernel.");
+  module.def("set_tile_gemm", set_tile_gemm, py::arg("enabled"),
+             "For tests: False pretends that oneDNN's bf16 tile kernel was not found.");
   module.def("set_gemm", set_gemm, py::arg("enabled"),
              "For tests: False pretends that no vendor GEMM was found.");
 }

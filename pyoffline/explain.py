@@ -9,34 +9,62 @@ from pyoffline.chunk_loop import grad_dtype
 from pyoffline.plan import MIB, current_settings, plan_chunks
 
 PER_ROW_BYTES = 64  # row scalars, labels and their compacted copies
-# What MKL keeps after a product, measured at C = 256 and 1024, D = 256 and 1024 (2026-11-21).
-# Half precision: two fp32 copies of a panel's operands, beside the panel of fp32 logits itself
-# (widths of csrc/cpu/panel.h). fp32: packing blocks of a thread, whatever V (less below C = 100).
-# On one thread it keeps one copy, and no blocks.
-SGEMM_NBYTES, SGEMM_NBYTES_PER_COLUMN = 9 * MIB, 5 * 1024
+# What MKL keeps after a product, measured at C = 256 and 1024, D = 256 to 2048.
+# Half precision (Ice Lake, 2026-11-21): two fp32 copies of a panel's operands, beside the panel of
+# fp32 logits itself (widths of csrc/cpu/panel.h); on one thread one copy.
+# fp32: packing blocks of a thread, whatever V: (bytes, bytes per column of D, columns at most).
+SGEMM_BLOCKS = {
+    "intel": (9 * MIB, 5 * 1024, None),  # Ice Lake, 2026-11-21; none on one thread
+    "amd": (2.7 * MIB, 2.3 * 1024, 1024),  # Zen 4, 2026-11-28
+}
 
 
-def _panels() -> dict[str, int]:
-    """Panel widths of the C++ products; none of them without the extension."""
+def _info() -> dict:
+    """What the C++ products are; nothing without the extension."""
     try:
         from pyoffline import _C
     except ImportError:
-        return {"logits": 0, "dhidden": 0}
-    return _C.gemm_info()["panels"]
+        return {"panels": {"logits": 0, "dhidden": 0}, "tiles": False, "cpu": "other"}
+    return _C.gemm_info()
 
 
-def _gemm_nbytes(rows: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
-    """(scratch of one product, what the vendor library keeps)."""
+def _sgemm_nbytes(hidden: int, cpu: str) -> int:
+    threads = torch.get_num_threads()
+    block, per_column, most = SGEMM_BLOCKS.get(cpu, SGEMM_BLOCKS["amd"])
+    if cpu == "intel" and threads == 1:
+        return 0
+    return int(threads * (block + per_column * min(hidden, most or hidden)))
+
+
+def _tile_nbytes(rows: int, hidden: int, vocab: int, panel: int) -> tuple[int, int]:
+    """(what the first two products take beyond the third, what the third takes)."""
+    from pyoffline import _C
+
+    threads = torch.get_num_threads()
+    logits = _C.tile_gemm_nbytes(vocab, hidden, threads)
+    dhidden = _C.tile_gemm_nbytes(hidden, min(vocab, panel), threads) + rows * hidden * 4
+    dweight = _C.tile_gemm_nbytes(hidden, rows, threads)
+    return max(logits, dhidden) - dweight, dweight
+
+
+def _gemm_nbytes(
+    rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: str
+) -> tuple[int, int]:
+    """(scratch of one product, what stays beside dweight: kept by the library, or the scratch of
+    its product).
+    """
     part = rows * hidden * stats_dtype(dtype).itemsize  # dhidden of a chunk before its cast
     if device != "cpu" or dtype == torch.float64:
         return part, 0
-    threads = torch.get_num_threads()
+    info = _info()
     if dtype == torch.float32:
-        block = SGEMM_NBYTES + SGEMM_NBYTES_PER_COLUMN * hidden
-        return part, threads * block if threads > 1 else 0
-    panels = _panels()
+        return part, _sgemm_nbytes(hidden, info["cpu"])
+    panels = info["panels"]
+    if dtype == torch.bfloat16 and info["tiles"]:
+        return _tile_nbytes(rows, hidden, vocab, panels["tile_dhidden"])
     copies = rows * panels["dhidden"] + panels["logits"] * hidden + rows * hidden
-    return max(part, rows * panels["logits"] * 4), (8 if threads > 1 else 4) * copies
+    copies *= 8 if torch.get_num_threads() > 1 else 4
+    return max(part, rows * panels["logits"] * 4), copies
 
 
 @dataclass(frozen=True)
@@ -109,7 +137,7 @@ def explain(
     accumulator = vocab * hidden * total if train_head and separate and chunks > 1 else 0
     chunk = rows * (vocab * (size + beside) + hidden * beside)
     dweight = vocab * hidden * grad_dtype(dtype).itemsize if train_head else 0
-    scratch, kept = _gemm_nbytes(rows, hidden, dtype, device)
+    scratch, kept = _gemm_nbytes(rows, hidden, vocab, dtype, device)
     if accumulator or chunks == 1:
         # dweight is first touched by the last product, when the scratch of the others is free
         scratch = max(0, scratch - dweight)

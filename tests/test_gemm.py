@@ -1,5 +1,6 @@
-"""The three vendor GEMMs by panels: error against fp64 beside torch.mm's, panel borders, strides,
-beta, the cast on the way, and what happens where the symbols are absent."""
+"""The three vendor GEMMs: error against fp64 beside torch.mm's, panel and tile borders, strides,
+beta, the cast on the way, and what happens where the symbols are absent. Each test runs on MKL's
+products and, where the CPU multiplies bf16, on oneDNN's tile kernel."""
 
 import subprocess
 import sys
@@ -14,6 +15,18 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FOUND = _C.gemm_info()
 pytestmark = pytest.mark.skipif(bool(FOUND["missing"]), reason=f"not run: {FOUND['missing']}")
 
+
+
+@pytest.fixture(params=["mkl", "tiles"], autouse=True)
+def kernel(request):
+    """What multiplies bf16."""
+    if request.param == "tiles" and not FOUND["tiles"]:
+        pytest.skip("not run: no bf16 tile kernel (CPU without avx512_bf16, or another torch)")
+    _C.set_tile_gemm(request.param == "tiles")
+    yield request.param
+    _C.set_tile_gemm(True)
+
+
 # (C, D, V, why)
 SHAPES = [
     (1, 1, 1, "the smallest"),
@@ -26,6 +39,8 @@ SHAPES = [
     (9, 31, 2047, "one below a wider panel"),
     (9, 31, 2049, "one above that"),
     (200, 96, 5000, "several panels"),
+    (130, 515, 1090, "more than a block of rows, of inner size and of columns"),
+    (33, 2100, 70, "a strip of many inner blocks"),
 ]
 
 
@@ -198,15 +213,21 @@ def test_beta_needs_an_accumulator():
         _C.gemm_dweight(torch.zeros(2, 4), torch.zeros(2, 3), None, beta=1.0, out=torch.zeros(4, 3))
 
 
-def test_row_strides_past_32_bits_are_refused(tmp_path):
-    """The vendor's integers have 32 bits; the file is sparse and never read."""
+def test_row_strides_past_32_bits(tmp_path, kernel):
+    """MKL's integers have 32 bits: refused, the sparse file never read. Tiles are packed first."""
     stride = 2**31 + 64
     path = tmp_path / "dlogits"
     with path.open("wb") as file:
         file.truncate((stride + 4) * 2)
     flat = torch.from_file(str(path), shared=True, size=stride + 4, dtype=torch.bfloat16)
     dlogits = torch.as_strided(flat, (2, 4), (stride, 1))
-    weight = torch.zeros(4, 3, dtype=torch.bfloat16)
+    weight = torch.ones(4, 3, dtype=torch.bfloat16)
+    if kernel == "tiles":
+        dlogits[1, 2] = 3.0
+        out = poisoned(2, 3)
+        _C.gemm_dhidden(dlogits, weight, out)
+        assert out.tolist() == [[0.0] * 3, [3.0] * 3]
+        return
     with pytest.raises(ValueError, match=r"below 2\^31"):
         _C.gemm_dhidden(dlogits, weight, torch.zeros(2, 3))
 
@@ -222,7 +243,29 @@ def test_absent_symbols_are_an_error_with_the_reason():
         assert out.isnan().all()
     finally:
         _C.set_gemm(True)
+    _C.set_tile_gemm(True)
     assert _C.gemm_info() == FOUND
+
+
+def test_tiles_do_not_depend_on_threads_rows_or_place(kernel):
+    """A sum's order depends on the inner size alone, so a row alone has the bits of a row of many."""
+    if kernel != "tiles":
+        pytest.skip("MKL's products do not promise this")
+    hidden, weight, dlogits = operands(300, 600, 2100, torch.bfloat16)
+    logits, dhidden, dweight = (poisoned(*t.shape) for t in (dlogits, hidden, weight))
+    _C.gemm_logits(hidden, weight, logits, threads=2)
+    _C.gemm_dhidden(dlogits, weight, dhidden, threads=2)
+    _C.gemm_dweight(dlogits, hidden, dweight, threads=2)
+    for first, count in [(0, 300), (137, 1), (40, 150)]:
+        rows, out = slice(first, first + count), poisoned(count, 2100)
+        _C.gemm_logits(hidden[rows], weight, out, threads=1)
+        same_bits("logits", out, logits[rows])
+        out = poisoned(count, 600)
+        _C.gemm_dhidden(dlogits[rows], weight, out, threads=3)
+        same_bits("dhidden", out, dhidden[rows])
+    out = poisoned(2100, 600)
+    _C.gemm_dweight(dlogits, hidden, out, threads=1)
+    same_bits("dweight", out, dweight)
 
 
 def test_without_torch_the_symbols_are_absent():

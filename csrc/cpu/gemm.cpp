@@ -8,7 +8,9 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "dispatch_internal.h"
 #include "panel.h"
+#include "tile_gemm.h"
 #include "vendor_gemm.h"
 
 namespace pyoffline {
@@ -21,10 +23,75 @@ void* at(const Matrix& x, int64_t row, int64_t col) {
   return static_cast<char*>(x.data) + (row * x.row_stride + col) * item_size(x.type);
 }
 
+Operand plain(const Matrix& x) { return {x.data, x.row_stride, false}; }
+Operand transposed(const Matrix& x) { return {x.data, x.row_stride, true}; }
+
+float* floats(const Matrix& x, int64_t row, int64_t col) {
+  return static_cast<float*>(at(x, row, col));
+}
+
+void tile_logits(const TileKernels& kernels, const Matrix& hidden, const Matrix& weight,
+                 const Matrix& out, int threads) {
+  const Kernels& array = active_kernels();
+  TileScratch scratch(threads);
+  const TileProduct product = {hidden.rows, weight.rows, hidden.cols, plain(hidden),
+                               transposed(weight)};
+  tile_gemm(kernels, product, threads, false, &scratch, [&](const TileSum& sum) {
+    for (int64_t i = 0; i < sum.rows; ++i)
+      array.scale_cast(sum.data + i * sum.stride, DType::f32, at(out, sum.row + i, sum.col),
+                       out.type, sum.cols, 1.0f);
+  });
+}
+
+void tile_dhidden(const TileKernels& kernels, const Matrix& dlogits, const Matrix& weight,
+                  const Matrix& out, int threads) {
+  TileScratch scratch(threads);
+  const int64_t vocab = dlogits.cols;
+  for (int64_t v0 = 0; v0 < std::max<int64_t>(vocab, 1); v0 += kTileDHiddenPanel) {
+    const TileProduct product = {dlogits.rows,
+                                 weight.cols,
+                                 std::min(kTileDHiddenPanel, vocab - v0),
+                                 {at(dlogits, 0, v0), dlogits.row_stride, false},
+                                 {at(weight, v0, 0), weight.row_stride, false}};
+    tile_gemm(kernels, product, threads, false, &scratch, [&](const TileSum& sum) {
+      for (int64_t i = 0; i < sum.rows; ++i) {
+        const float* from = sum.data + i * sum.stride;
+        float* to = floats(out, sum.row + i, sum.col);
+        for (int64_t j = 0; j < sum.cols; ++j) to[j] = v0 == 0 ? from[j] : to[j] + from[j];
+      }
+    });
+  }
+}
+
+void tile_dweight(const TileKernels& kernels, const Matrix& dlogits, const Matrix& hidden,
+                  const DWeight& dweight, int threads) {
+  const Kernels& array = active_kernels();
+  const Matrix &acc = dweight.acc, &out = dweight.out;
+  const float beta = dweight.beta;
+  TileScratch scratch(threads);
+  const TileProduct product = {dlogits.cols, hidden.cols, dlogits.rows, transposed(dlogits),
+                               plain(hidden)};
+  tile_gemm(kernels, product, threads, false, &scratch, [&](const TileSum& sum) {
+    for (int64_t i = 0; i < sum.rows; ++i) {
+      const float* from = sum.data + i * sum.stride;
+      if (acc.data) {
+        float* to = floats(acc, sum.row + i, sum.col);
+        for (int64_t j = 0; j < sum.cols; ++j) to[j] = beta == 0 ? from[j] : beta * to[j] + from[j];
+        from = to;
+      }
+      if (out.data)
+        array.scale_cast(from, DType::f32, at(out, sum.row + i, sum.col), out.type, sum.cols,
+                         dweight.out_scale);
+    }
+  });
+}
+
 }  // namespace
 
 void gemm_logits(const Matrix& hidden, const Matrix& weight, const Matrix& out, int threads) {
   require_vendor_gemm(hidden.type);
+  if (const TileKernels* tiles = tile_kernels_of(hidden.type))
+    return tile_logits(*tiles, hidden, weight, out, threads);
   const int64_t rows = hidden.rows, inner = hidden.cols, vocab = weight.rows;
   const Operand a = {hidden.data, hidden.row_stride, false};
   if (out.type == DType::f32) {
@@ -57,7 +124,9 @@ void gemm_logits(const Matrix& hidden, const Matrix& weight, const Matrix& out, 
   }
 }
 
-void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out) {
+void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out, int threads) {
+  if (const TileKernels* tiles = tile_kernels_of(dlogits.type))
+    return tile_dhidden(*tiles, dlogits, weight, out, threads);
   const int64_t rows = dlogits.rows, vocab = dlogits.cols, width = kDHiddenPanel;
   float beta = 0.0f;
   // at least once: an empty V still has to write zeros
@@ -76,6 +145,8 @@ void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out
 void gemm_dweight(const Matrix& dlogits, const Matrix& hidden, const DWeight& dweight,
                   int threads) {
   require_vendor_gemm(dlogits.type);
+  if (const TileKernels* tiles = tile_kernels_of(dlogits.type))
+    return tile_dweight(*tiles, dlogits, hidden, dweight, threads);
   const int64_t vocab = dlogits.cols, width = std::min(vocab, kDWeightPanel);
   const Matrix &acc = dweight.acc, &out = dweight.out;
   const int64_t ldc = acc.data ? acc.row_stride : hidden.cols + kPad;

@@ -27,20 +27,22 @@ struct GemmInfo {
   bool bf16;
   bool f16;
   bool f32;
+  bool tiles;           // bf16 products run on oneDNN's tile kernel (tile_gemm.h), not on MKL
   std::string library;  // path of the library that has the symbols
   std::string missing;  // why not, when any of the three is false
 };
 
 GemmInfo gemm_info();
 
-// Tests: pretend that no symbol was found.
+// Tests: pretend that no symbol was found; that the tile kernel was not.
 void set_gemm(bool enabled);
+void set_tile_gemm(bool enabled);
 
 // out[C,V] = hidden[C,D] @ weight[V,D]^T: fp32 accumulation, one rounding to out's type.
 void gemm_logits(const Matrix& hidden, const Matrix& weight, const Matrix& out, int threads);
 
 // out[C,D] fp32 = dlogits[C,V] @ weight[V,D].
-void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out);
+void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out, int threads);
 
 // acc[V,D] fp32 = dlogits[C,V]^T @ hidden[C,D] + beta * acc, then out = cast(out_scale * acc).
 // Either of acc and out may have null data; without acc, beta must be 0 and no [V,D] fp32 buffer is

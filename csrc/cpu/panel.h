@@ -23,6 +23,8 @@ constexpr int64_t kLogitsPanel = 4096;
 constexpr int64_t kDHiddenPanel = 2048;
 constexpr int64_t kDWeightPanel = 2048;
 constexpr int64_t kPad = 16;
+// Rows of V that one product of dhidden on the tile kernel takes (tile_gemm.h).
+constexpr int64_t kTileDHiddenPanel = 4096;
 
 // fp32 scratch that lives for one call. No huge pages: where memory is fragmented their first touch
 // stalls on compaction (0.4 s for 272 MiB, against 0.05 s in small pages, 2026-11-21).

@@ -13,6 +13,7 @@
 #include "parallel.h"
 #include "row_driver.h"
 #include "row_fold.h"
+#include "tile_gemm.h"
 #include "vendor_gemm.h"
 
 namespace pyoffline {
@@ -87,12 +88,35 @@ void write_row(const Plan& plan, int64_t row, const RowFold& fold) {
   write_coefs(args, row, coefs);
 }
 
+// All rows at once: the tile kernel packs each panel of the weight once, and a strip of sums is
+// folded where it was made. A row's strips come from left to right (tile_gemm's in_order).
+void score_tiles(const TileKernels& kernels, const Matrix& hidden, const Matrix& weight,
+                 const Plan& plan) {
+  const RowArgs& args = plan.args;
+  std::vector<RowFold> folds(args.rows);
+  TileScratch scratch(args.threads);
+  const TileProduct product = {hidden.rows,
+                               weight.rows,
+                               hidden.cols,
+                               {hidden.data, hidden.row_stride, false},
+                               {weight.data, weight.row_stride, true}};
+  tile_gemm(kernels, product, args.threads, true, &scratch, [&](const TileSum& sum) {
+    const Panel panel = describe_panel(args, sum.data, sum.stride, sum.col, sum.cols);
+    for (int64_t i = 0; i < sum.rows; ++i)
+      if (is_counted(args, sum.row + i))
+        fold_row(plan, panel, sum.row + i, sum.data + i * sum.stride, &folds[sum.row + i]);
+  });
+  for (int64_t i = 0; i < args.rows; ++i) write_row(plan, i, folds[i]);
+}
+
 }  // namespace
 
 void score_rows(const Matrix& hidden, const Matrix& weight, const RowArgs& args,
                 int64_t block_rows) {
   require_vendor_gemm(hidden.type);
   const Plan plan = make_plan(args);
+  if (const TileKernels* tiles = tile_kernels_of(hidden.type))
+    return score_tiles(*tiles, hidden, weight, plan);
   const int64_t width = std::min(args.vocab, kLogitsPanel), ldc = width + kPad;
   const int64_t height = std::min(args.rows, block_rows);
   PanelBuffer buffer(height * ldc);

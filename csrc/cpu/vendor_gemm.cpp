@@ -57,11 +57,9 @@ void* loaded_torch_cpu() {
 }
 
 Symbols search() {
-  void* torch = loaded_torch_cpu();
   Symbols found;
   auto lookup = [&](const char* name) -> void* {
-    void* symbol = torch ? dlsym(torch, name) : nullptr;
-    if (!symbol) symbol = dlsym(RTLD_DEFAULT, name);
+    void* symbol = torch_symbol(name);
     Dl_info info;
     if (symbol && found.library.empty() && dladdr(symbol, &info) && info.dli_fname)
       found.library = info.dli_fname;
@@ -148,11 +146,21 @@ void scale_rows(const Product& p) {
 
 }  // namespace
 
+void* torch_symbol(const char* name) {
+  void* torch = loaded_torch_cpu();
+  void* symbol = torch ? dlsym(torch, name) : nullptr;
+  return symbol ? symbol : dlsym(RTLD_DEFAULT, name);
+}
+
 void require_vendor_gemm(DType type) {
   Symbols found = symbols();
-  if (enabled && has(found, type)) return;
+  if (enabled && (has(found, type) || (type == DType::bf16 && tile_kernels()))) return;
   throw std::runtime_error("gemm: no vendor GEMM for this dtype (" + missing_reason(found) +
                            "); use torch's own products");
+}
+
+const TileKernels* tile_kernels_of(DType type) {
+  return enabled && type == DType::bf16 ? tile_kernels() : nullptr;
 }
 
 void vendor_gemm(const Product& p) {
@@ -179,8 +187,9 @@ void vendor_gemm(const Product& p) {
 
 GemmInfo gemm_info() {
   Symbols found = symbols();
-  bool on = enabled;
-  return {on && found.bf16, on && found.f16, on && found.f32, found.library, missing_reason(found)};
+  const bool on = enabled, tiles = tile_kernels_of(DType::bf16);
+  return {on && (found.bf16 || tiles), on && found.f16, on && found.f32, tiles, found.library,
+          missing_reason(found)};
 }
 
 void set_gemm(bool on) { enabled = on; }

@@ -32,6 +32,17 @@ struct Product {
 // size or a stride does not fit the vendor's 32-bit integers.
 void vendor_gemm(const Product& product);
 
+// oneDNN's tile kernel for bf16, which tile_gemm.h drives; null where the CPU multiplies no bf16,
+// libtorch does not export it, or it does not compute what it should (asked once).
+struct TileKernels;
+const TileKernels* tile_kernels();
+
+// The same for operands of a type: null for all but bf16, and where GEMMs are switched off.
+const TileKernels* tile_kernels_of(DType type);
+
+// A symbol of the loaded libtorch_cpu.so (or of the process), or null.
+void* torch_symbol(const char* name);
+
 // Throws as vendor_gemm would for a missing symbol, before any output is touched.
 void require_vendor_gemm(DType type);
 

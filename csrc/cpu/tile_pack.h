@@ -1,0 +1,137 @@
+// Packing for tile_gemm.cpp: blocks of bf16 copied, transposed or interleaved in pairs of rows.
+//
+// SSE2 only, which every x86-64 has: the copies run at the speed of the memory behind them. What
+// lies beyond the block is filled with zeros up to the padded size.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace pyoffline {
+
+// A block of a matrix as stored: element (i, j) is data[i * stride + j].
+struct Bits {
+  const uint16_t* data;
+  int64_t stride;
+};
+
+namespace pack_detail {
+
+#if defined(__SSE2__)
+inline __m128i load(const uint16_t* x) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+}
+inline void store(uint16_t* x, __m128i value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), value);
+}
+
+// dst[j * dst_stride + i] = src(i, j), 8 x 8
+inline void transpose_8x8(const Bits& src, uint16_t* dst, int64_t dst_stride) {
+  __m128i r[8], s[8];
+  for (int i = 0; i < 8; ++i) r[i] = load(src.data + i * src.stride);
+  for (int i = 0; i < 4; ++i) {
+    s[2 * i] = _mm_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+    s[2 * i + 1] = _mm_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+  }
+  for (int half = 0; half < 2; ++half) {
+    const __m128i lo0 = _mm_unpacklo_epi32(s[half], s[half + 2]);
+    const __m128i hi0 = _mm_unpackhi_epi32(s[half], s[half + 2]);
+    const __m128i lo1 = _mm_unpacklo_epi32(s[half + 4], s[half + 6]);
+    const __m128i hi1 = _mm_unpackhi_epi32(s[half + 4], s[half + 6]);
+    uint16_t* out = dst + 4 * half * dst_stride;
+    store(out, _mm_unpacklo_epi64(lo0, lo1));
+    store(out + dst_stride, _mm_unpackhi_epi64(lo0, lo1));
+    store(out + 2 * dst_stride, _mm_unpacklo_epi64(hi0, hi1));
+    store(out + 3 * dst_stride, _mm_unpackhi_epi64(hi0, hi1));
+  }
+}
+
+// dst[(j / 2) * 2 * dst_stride + 2 * i + j % 2] = src(i, j): 4 rows of 8, moved as pairs
+inline void transpose_pairs_4x8(const Bits& src, uint16_t* dst, int64_t dst_stride) {
+  const __m128i r0 = load(src.data), r1 = load(src.data + src.stride);
+  const __m128i r2 = load(src.data + 2 * src.stride), r3 = load(src.data + 3 * src.stride);
+  const __m128i a = _mm_unpacklo_epi32(r0, r1), b = _mm_unpackhi_epi32(r0, r1);
+  const __m128i c = _mm_unpacklo_epi32(r2, r3), d = _mm_unpackhi_epi32(r2, r3);
+  store(dst, _mm_unpacklo_epi64(a, c));
+  store(dst + 2 * dst_stride, _mm_unpackhi_epi64(a, c));
+  store(dst + 4 * dst_stride, _mm_unpacklo_epi64(b, d));
+  store(dst + 6 * dst_stride, _mm_unpackhi_epi64(b, d));
+}
+
+// dst[2 * j + i] = row i, 8 columns of two rows
+inline void interleave_2x8(const uint16_t* even, const uint16_t* odd, uint16_t* dst) {
+  const __m128i x = load(even), y = load(odd);
+  store(dst, _mm_unpacklo_epi16(x, y));
+  store(dst + 8, _mm_unpackhi_epi16(x, y));
+}
+constexpr int64_t kWide = 8;
+#else
+constexpr int64_t kWide = INT64_MAX;  // never reached: element by element
+inline void transpose_8x8(const Bits&, uint16_t*, int64_t) {}
+inline void transpose_pairs_4x8(const Bits&, uint16_t*, int64_t) {}
+inline void interleave_2x8(const uint16_t*, const uint16_t*, uint16_t*) {}
+#endif
+
+}  // namespace pack_detail
+
+// out[rows_out][width]: rows x cols of src, zeros beyond. width is the row length of out.
+inline void pack_copy(const Bits& src, int64_t rows, int64_t cols, int64_t rows_out, int64_t width,
+                      uint16_t* out) {
+  for (int64_t i = 0; i < rows_out; ++i, out += width) {
+    const int64_t count = i < rows ? cols : 0;
+    if (count) std::memcpy(out, src.data + i * src.stride, count * 2);
+    std::memset(out + count, 0, (width - count) * 2);
+  }
+}
+
+// out[cols_out][width]: the transpose of rows x cols of src, zeros beyond.
+inline void pack_transpose(const Bits& src, int64_t rows, int64_t cols, int64_t cols_out,
+                           int64_t width, uint16_t* out) {
+  using namespace pack_detail;
+  const int64_t wide_rows = kWide == 8 ? rows / 8 * 8 : 0, wide_cols = kWide == 8 ? cols / 8 * 8 : 0;
+  for (int64_t i = 0; i < wide_rows; i += 8)
+    for (int64_t j = 0; j < wide_cols; j += 8)
+      transpose_8x8({src.data + i * src.stride + j, src.stride}, out + j * width + i, width);
+  for (int64_t j = 0; j < cols_out; ++j) {
+    const int64_t count = j < cols ? rows : 0;
+    for (int64_t i = j < wide_cols ? wide_rows : 0; i < count; ++i)
+      out[j * width + i] = src.data[i * src.stride + j];
+    std::memset(out + j * width + count, 0, (width - count) * 2);
+  }
+}
+
+// out[k_out / 2][width][2]: element (k, n) of src (stored k by n) at [k / 2][n][k % 2].
+inline void pack_pairs(const Bits& src, int64_t k, int64_t n, int64_t k_out, int64_t width,
+                       uint16_t* out) {
+  using namespace pack_detail;
+  for (int64_t i = 0; i < k_out; i += 2, out += 2 * width) {
+    const int64_t count = i < k ? n : 0, wide = i + 1 < k && kWide == 8 ? n / 8 * 8 : 0;
+    const uint16_t *even = src.data + i * src.stride, *odd = even + src.stride;
+    for (int64_t j = 0; j < wide; j += 8) interleave_2x8(even + j, odd + j, out + 2 * j);
+    for (int64_t j = wide; j < count; ++j) {
+      out[2 * j] = even[j];
+      out[2 * j + 1] = i + 1 < k ? odd[j] : 0;
+    }
+    std::memset(out + 2 * count, 0, 4 * (width - count));
+  }
+}
+
+// The same of a matrix stored n by k.
+inline void pack_pairs_transposed(const Bits& src, int64_t k, int64_t n, int64_t k_out,
+                                  int64_t width, uint16_t* out) {
+  using namespace pack_detail;
+  const int64_t wide_n = kWide == 8 ? n / 4 * 4 : 0, wide_k = kWide == 8 ? k / 8 * 8 : 0;
+  for (int64_t i = 0; i < wide_n; i += 4)
+    for (int64_t j = 0; j < wide_k; j += 8)
+      transpose_pairs_4x8({src.data + i * src.stride + j, src.stride}, out + j * width + 2 * i,
+                          width);
+  for (int64_t i = 0; i < width; ++i)
+    for (int64_t j = i < wide_n ? wide_k : 0; j < k_out; ++j)
+      out[(j / 2) * 2 * width + 2 * i + j % 2] = i < n && j < k ? src.data[i * src.stride + j] : 0;
+}
+
+}  // namespace pyoffline
