@@ -69,9 +69,9 @@ py::dict gemm_info_py() {
   dict["cpu"] = cpu_maker();
   dict["library"] = info.library;
   dict["missing"] = info.missing;
-  dict["panels"] = py::dict(py::arg("logits") = kLogitsPanel, py::arg("dhidden") = kDHiddenPanel,
-                            py::arg("dweight") = kDWeightPanel,
-                            py::arg("tile_dhidden") = kTileDHiddenPanel);
+  dict["panels"] =
+      py::dict(py::arg("logits") = kLogitsPanel, py::arg("dhidden") = kDHiddenPanel,
+               py::arg("dweight") = kDWeightPanel, py::arg("tile_dhidden") = kTileDHiddenPanel);
   return dict;
 }
 
@@ -89,7 +89,8 @@ void bind_gemm(py::module_& module) {
              py::arg("out_scale") = 1.0, py::arg("threads") = 1,
              "acc[V,D] float32 = dlogits.T @ hidden + beta * acc; out = cast(out_scale * acc).");
   module.def("gemm_info", gemm_info_py,
-             "Which vendor GEMMs were found (bf16, fp16, fp32), whether bf16 runs on oneDNN's tile kernel, "
+             "Which vendor GEMMs were found (bf16, fp16, fp32), whether bf16 runs on oneDNN's tile "
+             "kernel, "
              "in which library, and why not.");
   module.def("tile_gemm_nbytes", tile_gemm_nbytes, py::arg("n"), py::arg("k"), py::arg("threads"),
              "Scratch bytes of a bf16 product with n columns and inner size k on the tile kernel.");

@@ -1,7 +1,8 @@
 """The CPU backend: vendor GEMMs around the C++ row pass of `pyoffline._C`.
 
-bf16 and fp16 products go to MKL's `gemm_*f32` where libtorch carries it (fp32 accumulation with
-beta = 1, which torch's own API lacks), fp32 products to torch. Where the symbol is absent, panels
+bf16 products go to oneDNN's tile kernel where the CPU multiplies bf16, else to MKL's
+`gemm_bf16bf16f32`, fp16 products to MKL's: both lie in libtorch and accumulate in fp32 over chunks,
+which torch's own API cannot. fp32 products go to torch. Where the symbols are absent, panels
 of the weight are widened to fp32 and multiplied there (`panel_gemm.py`). Not here: the chunk loop.
 """
 

@@ -39,6 +39,7 @@ def report() -> tuple[str, bool]:
             version = "not installed"
         lines.append(f"{name:13}{version}")
     lines.append(f"threads      torch {torch.get_num_threads()}, processors {os.cpu_count()}")
+    lines.append(f"bf16 on CPU  {_bf16_products()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"GPU          {', '.join(gpus) or 'none that torch can use'}")
     lines += ["", str(backends()), ""]
@@ -54,6 +55,20 @@ def report() -> tuple[str, bool]:
             f"{loss_error:.1e}, gradient by {gradient_error:.1e}; the limit is {LIMIT:.0e})"
         )
     return "\n".join(lines), healthy
+
+
+def _bf16_products() -> str:
+    """Which library multiplies bf16 matrices for the CPU backend."""
+    try:
+        from pyoffline import _C
+    except ImportError as error:
+        return f"pyoffline._C is missing ({error})"
+    info = _C.gemm_info()
+    if info["tiles"]:
+        return "oneDNN's tile kernel (this CPU multiplies bf16)"
+    if info["bf16"]:
+        return "MKL's gemm_bf16bf16f32"
+    return f"torch, panels widened to fp32: {info['missing']}"
 
 
 def _places() -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ import torch
 from pyoffline.benchmarks import cli, memory, ops, overview, plot, report, row_pass
 from pyoffline.benchmarks.check import Check, check, pick_rows
 from pyoffline.benchmarks.device import by_clock
-from pyoffline.benchmarks.floor import GEMMS, Floor
+from pyoffline.benchmarks.floor import GEMMS, Floor, own_name
 from pyoffline.benchmarks.provenance import provenance
 from pyoffline.benchmarks.providers import CUT_CROSS_ENTROPY, TORCH_CHUNKED, Provider
 from pyoffline.benchmarks.runner import Settings, run_case, time_peer
@@ -118,7 +118,7 @@ def test_every_floor_candidate_gives_the_product(dtype, gemm):
     truth |= {"dhidden": dlogits @ weight, "dweight": dlogits.T @ hidden}
     outputs = {
         "torch.mm": gemm,
-        "pyoffline._C panels": "dhidden32" if gemm == "dhidden" else gemm,
+        own_name(DTYPES[dtype]): "dhidden32" if gemm == "dhidden" else gemm,
         "MKL whole, fp32 out": gemm + "32",
     }
     grain = torch.finfo(DTYPES[dtype]).eps + 32 * torch.finfo(torch.float32).eps

@@ -16,7 +16,6 @@ FOUND = _C.gemm_info()
 pytestmark = pytest.mark.skipif(bool(FOUND["missing"]), reason=f"not run: {FOUND['missing']}")
 
 
-
 @pytest.fixture(params=["mkl", "tiles"], autouse=True)
 def kernel(request):
     """What multiplies bf16."""
@@ -248,7 +247,7 @@ def test_absent_symbols_are_an_error_with_the_reason():
 
 
 def test_tiles_do_not_depend_on_threads_rows_or_place(kernel):
-    """A sum's order depends on the inner size alone, so a row alone has the bits of a row of many."""
+    """A sum's order depends on the inner size alone: a row alone has the bits of one of many."""
     if kernel != "tiles":
         pytest.skip("MKL's products do not promise this")
     hidden, weight, dlogits = operands(300, 600, 2100, torch.bfloat16)

@@ -1,10 +1,12 @@
 // The three products of a linear loss head, on the vendor GEMM that the installed torch carries.
 //
-// The x86 wheels of torch export MKL's bf16 and fp16 GEMMs with fp32 accumulation, which torch.mm
-// does not use for these shapes (4x slower, gemm.cpp has the figures). They are looked up at run
+// The x86 wheels of torch export MKL's bf16 and fp16 GEMMs with fp32 accumulation and oneDNN's bf16
+// tile kernel. A CPU that multiplies bf16 (avx512_bf16, AMX) takes the tile kernel (465 GFLOP/s on
+// two Zen 4 cores, of which the products here reach 400 to 430; MKL 160, torch.mm 390, 2026-11-28);
+// another takes MKL (250 to 320 on two Ice Lake cores, torch.mm 65). They are looked up at run
 // time; where they are missing these functions throw and the Python side falls back to torch's own
-// products. Fused here: the rounding (and scaling) of a panel while it is in cache. Not here:
-// chunks over rows, argument checks.
+// products. Fused here: the rounding (and scaling) of a panel or strip while it is in cache. Not
+// here: chunks over rows, argument checks.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@
 // strip of the result is handed to the caller while it is in the core's cache: to be rounded, added
 // or folded there, so that no fp32 panel is stored. A sum's order depends on k alone: no result
 // depends on the thread count, the row's place or how many rows there are. Not here: where the
-// kernel comes from (vendor_gemm.cpp).
+// kernel comes from (tile_kernel.cpp).
 #pragma once
 
 #include <cstdint>

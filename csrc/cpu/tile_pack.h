@@ -92,7 +92,8 @@ inline void pack_copy(const Bits& src, int64_t rows, int64_t cols, int64_t rows_
 inline void pack_transpose(const Bits& src, int64_t rows, int64_t cols, int64_t cols_out,
                            int64_t width, uint16_t* out) {
   using namespace pack_detail;
-  const int64_t wide_rows = kWide == 8 ? rows / 8 * 8 : 0, wide_cols = kWide == 8 ? cols / 8 * 8 : 0;
+  const int64_t wide_rows = kWide == 8 ? rows / 8 * 8 : 0,
+                wide_cols = kWide == 8 ? cols / 8 * 8 : 0;
   for (int64_t i = 0; i < wide_rows; i += 8)
     for (int64_t j = 0; j < wide_cols; j += 8)
       transpose_8x8({src.data + i * src.stride + j, src.stride}, out + j * width + i, width);

@@ -4,10 +4,10 @@
     dweight [V, D] = dlogits^T @ hidden
 
 Each is 2NDV FLOP. Outputs are preallocated, operands random. Candidates per product: torch.mm in
-the dtype, MKL's mixed GEMM (fp32 result) on whole matrices by ctypes, and the panelled calls of
-`pyoffline._C`, which round to the dtype while a panel is in cache; on a GPU torch.mm in the dtype
-and with an fp32 result. A short warm-up picks one per product and the choice is reported. Not here:
-row passes, chunks.
+the dtype, MKL's mixed GEMM (fp32 result) on whole matrices by ctypes, and the calls of
+`pyoffline._C` (panels on MKL, or oneDNN's tile kernel), which round to the dtype while a panel or a
+strip is in cache; on a GPU torch.mm in the dtype and with an fp32 result. A short warm-up picks one
+per product and the choice is reported. Not here: row passes, chunks.
 """
 
 import ctypes
@@ -101,7 +101,7 @@ class Floor:
                 found["torch.mm, fp32 out"] = WIDE[gemm]
             return found
         if self.dtype == torch.float32 or _C.gemm_info()[_short(self.dtype)]:
-            found["pyoffline._C panels"] = PANELS[gemm]
+            found[own_name(self.dtype)] = PANELS[gemm]
         if self.cblas is not None:
             found["MKL whole, fp32 out"] = WHOLE[gemm]
         return found
@@ -145,6 +145,12 @@ class Floor:
             }
             for gemm, name in self.chosen.items()
         }
+
+
+def own_name(dtype: torch.dtype) -> str:
+    """What the products of `pyoffline._C` run on."""
+    tiles = dtype == torch.bfloat16 and _C.gemm_info()["tiles"]
+    return "pyoffline._C tiles" if tiles else "pyoffline._C panels"
 
 
 def _short(dtype: torch.dtype) -> str:

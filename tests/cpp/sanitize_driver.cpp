@@ -17,6 +17,7 @@
 #include "../../csrc/cpu/gemm.h"
 #include "../../csrc/cpu/half_bits.h"
 #include "../../csrc/distill_args.h"
+#include "tile_case.h"
 
 namespace {
 
@@ -289,7 +290,7 @@ void one_gemm(Rng& rng, DType type, int64_t vocab) {
       std::exit(1);
     }
   }
-  gemm_dhidden(dlogits, weight, make(DType::f32, c, d));
+  gemm_dhidden(dlogits, weight, make(DType::f32, c, d), 2);
   const Matrix acc = make(DType::f32, vocab, d), none{nullptr, DType::f32, 0, 0, 0};
   gemm_dweight(dlogits, hidden, {acc, 1.0f, make(DType::bf16, vocab, d), 0.5f}, 2);
   gemm_dweight(dlogits, hidden, {none, 0.0f, make(type, vocab, d), 0.5f}, 2);
@@ -323,7 +324,8 @@ int main(int argc, char** argv) {
   Rng rng(9);
   for (DType type : kTypes)
     for (int64_t vocab : {1, 1023, 1024, 1025, 2047, 2048, 2049, 4097}) one_gemm(rng, type, vocab);
-  std::printf("sanitize_driver: %d calls on each of %d paths, %d products\n", 6 * calls,
-              (int)isas().size(), fake_gemm_calls);
+  const int tiles = tile_case::run_all(rng, 1) + tile_case::run_all(rng, 3);
+  std::printf("sanitize_driver: %d calls on each of %d paths, %d products, %d of tiles\n",
+              6 * calls, (int)isas().size(), fake_gemm_calls, tiles);
   return fake_gemm_calls > 0 ? 0 : 1;
 }
