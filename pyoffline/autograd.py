@@ -3,7 +3,8 @@
 A scalar loss has its gradients formed in the forward; the backward applies the upstream gradient
 to them, in place and once, and gives them away. A second backward (retain_graph) recomputes. Token
 log-probs recompute the logits in their backward, from the row coefficients that arrive. Double
-backward raises and names the op. Not here: the ops (`ops.py`).
+backward raises and names the op. Also here: the ops of the token log-probs, which are one of
+`ops.py` without an objective. Not here: the other ops (`ops.py`, `token_losses.py`, ...).
 """
 
 import sys

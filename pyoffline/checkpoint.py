@@ -1,9 +1,9 @@
-"""Trainer state as safetensors and JSON: optimizer, scheduler, random numbers. No pickle is written
-or read.
+"""Trainer state as safetensors and JSON: optimizer, scheduler, random numbers. No pickles.
 
 `optimizer.safetensors` holds state tensors as `<parameter>.<name>`, everything else as JSON in its
-metadata; `rng_state_<rank>.safetensors` the generators; `scheduler.json`. Not here: model weights
-(transformers writes them as safetensors), and how a folder becomes complete (run_folder.py).
+metadata; `rng_state_<rank>.safetensors` the generators; `scheduler.json` and `scaler.json` (fp16)
+their state. Not here: model weights (transformers writes them as safetensors), and how a folder
+becomes complete (run_folder.py).
 """
 
 import contextlib

@@ -1,16 +1,17 @@
-"""A run as a YAML file: `load_config` reads it, checks every key and value, and reports all errors
-at once.
+"""A run as a YAML file: `load_config` checks every key and value and reports all errors at once.
 
-    model: path/or/name                  data: {train: samples.jsonl, eval: heldout.jsonl}
+    model: path/or/name
+    data: {train: samples.jsonl, eval: heldout.jsonl}
     objective: {name: ppo_clip, clip_high: 0.28}
     terms: [{name: kl, kind: k3, scale: 0.04}, {name: entropy, scale: -0.001}]
-    advantage: {name: group_normalize}   trainer: {output_dir: runs/ppo, learning_rate: 1e-5}
-    ref_model: path/or/name              teacher_model: path/or/name
+    advantage: {name: group_normalize}
+    ref_model: path/or/name  # for the kl term, where the file has no ref_logps
+    trainer: {output_dir: runs/ppo, learning_rate: 1e-5, eval_strategy: epoch}
 
-`advantage` may be a list: [{name: kl_shaped, beta: 0.05}, {name: gae}, {name: truncate}].
-
-`trainer` takes every field of OfflineConfig (transformers.TrainingArguments). Not here: reading
-YAML (config_file.py), the data file's contents (data.py), building the trainer (trainer.py).
+`teacher_model` goes with a divergence (`objective: {name: distill}`). `advantage` may be a list of
+stages: `[{name: kl_shaped, beta: 0.05}, {name: gae}, {name: truncate}]`. `trainer` takes every
+field of OfflineConfig (transformers.TrainingArguments). Not here: reading YAML (config_file.py),
+the data file's contents (data.py), building the trainer (trainer.py).
 """
 
 import dataclasses

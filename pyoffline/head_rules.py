@@ -18,9 +18,7 @@ class OutputRule(NamedTuple):
     """One thing that a forward does between its head and its logits."""
 
     op: str  # a key of OPS
-    attribute: (
-        str  # of the text config, or of the config; of "refuse": what the forward does, in words
-    )
+    attribute: str  # of the text config, or of the config; "refuse": what the forward does in words
 
 
 class ReadRule(NamedTuple):
