@@ -161,11 +161,13 @@ def score_tiles_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
     GROUP_N: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """hidden, weight: descriptors with TMA, else pointers. Strides and dim in units of UNIT
-    elements, so that the compiler knows the alignment. sums [N, spans, FIELDS] fp32; the last
-    two fields only with WANT_GAP. exps: (), or (exp(z - offset) [N, V], offset [N] in units of y),
-    or these and late [N]: then tiles without a late row do nothing, and no sums are written.
-    stride_exps: of its rows, in 32 bytes.
+    """The product of one row tile and one span of V, folded into sums.
+
+    hidden, weight: descriptors with TMA, else pointers. Strides and dim in units of UNIT elements,
+    so that the compiler knows the alignment. sums [N, spans, FIELDS] fp32; the last two fields only
+    with WANT_GAP. exps: (), or (exp(z - offset) [N, V], offset [N] in units of y), or these and
+    late [N]: then tiles without a late row do nothing, and no sums are written. stride_exps: of its
+    rows, in units of STORE_UNIT elements.
     """
     AGAIN: tl.constexpr = len(exps) == 3
     dim = dim * UNIT
@@ -225,8 +227,9 @@ def write_sums(
 def join_spans(
     sums_ptr, n_spans, slope2, WANT_GAP: tl.constexpr, FIELDS: tl.constexpr, SPANS: tl.constexpr
 ):
-    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row. Lane i takes spans i, i + SPANS,
-    ...; lanes join at the end.
+    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row.
+
+    Lane i takes the spans i, i + SPANS, ...; lanes join at the end.
     """
     lanes = tl.arange(0, SPANS)
     m_lane = tl.zeros([SPANS], tl.float32) + LOWEST

@@ -1,8 +1,8 @@
-// The CPU kernels that bindings.cpp calls: one set of functions, the widest ISA the CPU has.
+// The CPU kernels that the bindings call: one set of functions, the widest ISA the CPU has.
 //
 // Arguments are already checked. `threads` is an upper bound: small work, a forked child and
 // threads <= 1 run serially, and no result depends on the count. Nothing here allocates more than a
-// row's worth of scratch. Not here: the GEMMs (gemm.cpp), argument checks (bindings.cpp).
+// row's worth of scratch. Not here: the GEMMs (gemm.cpp), argument checks (bind*.cpp).
 #pragma once
 
 #include <cstdint>
