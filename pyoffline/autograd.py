@@ -34,9 +34,7 @@ FUNC_GRAD = f"torch.func.grad, vjp and hessian are {_INSTEAD}"
 
 
 def _eager(x: Tensor) -> bool:
-    """A real tensor in eager mode, whose memory may be written; fake and functional tensors are
-    subclasses.
-    """
+    """A real tensor in eager mode, whose memory may be written (fake ones are subclasses)."""
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -46,9 +44,7 @@ def is_read_by_host(upstream: Tensor, grad: Tensor) -> bool:
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * upstream, cast once; in place where the gradient is ours to write, untouched where
-    upstream is 1.
-    """
+    """grad * upstream, cast once; in place where it is ours, untouched where upstream is 1."""
     if is_functorch_wrapped_tensor(upstream) or is_legacy_batchedtensor(upstream):
         # is_grads_batched: several upstreams at once
         wide = torch.promote_types(grad.dtype, torch.float32)

@@ -17,9 +17,7 @@ from pyoffline.plan import plan_chunks
 
 
 class Kernels(Protocol):
-    """What a backend must provide; every tensor is [C, V], [C, D] or [V, D] and contiguous unless
-    said otherwise.
-    """
+    """What a backend must provide; tensors are [C, V], [C, D] or [V, D], contiguous unless said."""
 
     device: str
     # The kernels report bad labels themselves and `scale` may be a number on the device: the host
@@ -34,9 +32,7 @@ class Kernels(Protocol):
     def row_pass(
         self, logits: Tensor, rows: Rows, out: RowOutputs, grad: torch.dtype | None, scale
     ) -> Tensor | None:
-        """Fill `out`; with `grad` return dlogits * scale in that dtype (may reuse the logits'
-        memory).
-        """
+        """Fill `out`; with `grad` return dlogits * scale in that dtype, over the logits or not."""
 
     def fold(
         self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs, exps: Tensor
@@ -129,8 +125,9 @@ def is_one(scale: float | Tensor) -> bool:
 
 
 def power_of_two_scale(rows: Rows, dtype: torch.dtype, asynchronous: bool = False):
-    """fp16 only: the power of two that brings the largest weight to [1, 2), so that dlogits do not
-    underflow. A float, or with `asynchronous` a number on the device.
+    """The power of two that brings the largest weight to [1, 2); fp16 only, against underflow.
+
+    A float, or with `asynchronous` a number on the device.
     """
     if dtype != torch.float16:
         return 1.0
@@ -246,9 +243,7 @@ def _empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
 
 
 def check_labels(labels: Tensor, vocab: int, index: Tensor | None) -> None:
-    """CPU: IndexError naming the row (of the flattened batch) and the value of the first bad
-    label.
-    """
+    """CPU: IndexError naming row (of the flattened batch) and value of the first bad label."""
     bad = ((labels < 0) | (labels >= vocab)).nonzero()
     if bad.numel():
         row = int(bad[0])

@@ -52,9 +52,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The causal LM: a local folder or a Hub name. `trust_remote_code` runs code from there: off
-    unless asked.
-    """
+    """The causal LM: a local folder or a Hub name, whose own code runs only if asked."""
 
     path: str
     dtype: str = "float32"
@@ -64,9 +62,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The samples: JSONL or Parquet. `too_long` says what happens to a row of more than
-    `max_length` tokens.
-    """
+    """The samples, JSONL or Parquet; `too_long` is what rows of over `max_length` tokens are."""
 
     train: str
     eval: str | None = None
@@ -101,8 +97,9 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML file and `key=value` overrides (`trainer.learning_rate=1e-4`). ConfigError names
-    every mistake.
+    """Read a YAML file and `key=value` overrides (`trainer.learning_rate=1e-4`).
+
+    ConfigError names every mistake.
     """
     path = Path(path)
     try:
@@ -184,9 +181,7 @@ def _check_trainer(config: RunConfig, errors: list[str]) -> None:
 
 
 def _check_fit(config: RunConfig, errors: list[str]) -> None:
-    """What no key shows alone: an advantage or a model that nothing reads, terms that exclude each
-    other.
-    """
+    """What no key shows alone: what nothing reads, terms that exclude each other."""
     from pyoffline.data_advantages import columns_of
     from pyoffline.units import program_of, reads_reference, refuse_mixed_weights, unit_of
 
@@ -257,9 +252,7 @@ def _override(raw: dict, text: str, errors: list[str]) -> None:
 
 
 def _read_fields(kind, values: dict, prefix: str, errors: list[str], skip=()) -> dict:
-    """The values that belong to the fields of a dataclass, converted; unknown, missing and
-    ill-typed ones to `errors`.
-    """
+    """The values of a dataclass's fields, converted; what is wrong with others to `errors`."""
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}
     out = {}
@@ -278,9 +271,7 @@ def _read_fields(kind, values: dict, prefix: str, errors: list[str], skip=()) ->
 
 
 def _convert(value, hint, where: str, errors: list[str]):
-    """`value` as the annotated type. YAML 1.1 reads 1e-5 as text, so text that is a number is taken
-    as one.
-    """
+    """`value` as the annotated type; numbers may be text, since YAML 1.1 reads 1e-5 as text."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
     plain = {typing.get_origin(o) or o for o in options}

@@ -93,9 +93,7 @@ def linear_coupled(
     backend: str,
     plan: Ints,
 ) -> Twelve:
-    """loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], dhidden, dweight, dbias and the
-    adapter's two.
-    """
+    """(loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], five gradients as `Needs`)."""
     vectors = (weights, old, mu, ref, adv, temperature)
     rows = ops._rows(labels, vectors, extras, gates, (bias, None), (), None, head, ignore_index)
     wanted, settings, kind = ops.needs_record(needs), settings_of(plan), DTYPES[logits_dtype]
@@ -149,7 +147,7 @@ def logits_coupled(
     needs_grad: bool,
     backend: str,
 ) -> Nine:
-    """loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], dlogits, unscale.
+    """(loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], dlogits, unscale).
 
     Two reads of the logits (statistics, then the gradient) and one write.
     """

@@ -69,9 +69,7 @@ class Divergence:
         checks.read_lazily(self)
 
     def program(self, has_mu: bool) -> DistillProgram:
-        """The flat form, built with the object so that torch.compile sees its floats as a
-        tensor.
-        """
+        """The flat form, built with the object: torch.compile then sees its floats as a tensor."""
         return self._programs[1 if has_mu else 0]  # a bool is no index to Dynamo before 2.12
 
     def __add__(self, other):

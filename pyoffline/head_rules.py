@@ -1,5 +1,4 @@
-"""THE TABLE of what each Hugging Face forward does between its head and its logits: scale, softcap,
-cut, or nothing.
+"""THE TABLE of what Hugging Face forwards do between head and logits: scale, softcap, cut.
 
 Read from the forward of each class in transformers 5.23; tests/test_head.py reads the installed one
 again. A config attribute that looks like such a thing and is not in the table raises. Nothing is

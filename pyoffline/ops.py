@@ -1,5 +1,4 @@
-"""The custom ops: flat tensors in, flat tensors out, so that torch.compile, fake tensors and
-opcheck work.
+"""The custom ops, flat tensors in and out: for torch.compile, fake tensors and opcheck.
 
 Five ops: `linear_policy` and `logits_policy` give loss, row statistics and, where wanted,
 gradients formed in the forward; `linear_coefs` and `logits_coefs` turn given row coefficients into
@@ -118,9 +117,7 @@ def linear_policy(
     backend: str,
     plan: Ints,
 ) -> Twelve:
-    """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, dhidden, dweight, dbias and the
-    adapter's two.
-    """
+    """(loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, five gradients as `Needs`)."""
     rows = _rows(
         labels,
         (weights, old, mu, ref, adv, temperature),
@@ -197,9 +194,7 @@ def linear_coefs(
     backend: str,
     plan: Ints,
 ) -> Five:
-    """dhidden, dweight, dbias and the adapter's two from given row coefficients; recomputes the
-    logits.
-    """
+    """The five gradients from given row coefficients; recomputes the logits."""
     vectors = (None, None, None, None, None, temperature)
     shared = (bias, class_weight)
     rows = _rows(labels, vectors, [], "", shared, (), None, head, ignore_index, coefs)

@@ -1,5 +1,4 @@
-"""Ops that return one loss per token, so that the upstream gradient may differ per token
-(`reduction="none"`).
+"""Ops with one loss per token, for an upstream gradient per token (`reduction="none"`).
 
 The forward keeps the row coefficients; the backward multiplies them by the upstream gradient and
 recomputes the logits. Not here: the scalar losses, which form their gradient in the forward

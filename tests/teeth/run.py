@@ -1,5 +1,4 @@
-"""The suite's teeth: puts bugs back into a copy of the tree, one by one, and looks whether the
-named tests fail.
+"""The suite's teeth: puts bugs back into a copy of the tree and looks whether tests fail.
 
 `python tests/teeth/run.py [--only 1,101] [--json PATH]` (`make teeth`). First the named tests pass
 on the unmutated copy; then, for each mutation, its text is replaced, the objects that include a
