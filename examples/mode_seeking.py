@@ -85,7 +85,7 @@ def grouped(objective):
 
 
 def jsd(beta: float):
-    """beta KL(T||M) + (1-beta) KL(S||M); its ends are defined as the two KLs. (OBJECTIVES.md, 4)"""
+    """beta KL(T||M) + (1-beta) KL(S||M); its ends are defined as the two KLs, as in TRL."""
 
     def loss(theta):
         log_s, log_t = log_model(theta), PI_STAR.log()

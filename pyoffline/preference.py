@@ -1,4 +1,4 @@
-"""The public preference objectives (OBJECTIVES.md, section 3).
+"""The public preference objectives.
 
 Pairs: the first half of the batch's sequences are chosen, the second half their rejected ones, in
 the same order. l = log-prob of the label, x = sum(l - ref) of a sequence (references per token,

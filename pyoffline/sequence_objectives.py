@@ -1,4 +1,4 @@
-"""The public sequence- and group-coupled objectives (OBJECTIVES.md, section 2).
+"""The public objectives of whole sequences and groups.
 
 Each class is one row of `coupled_table.COUPLED`. Symbols: l = log-prob of the label, old / mu / ref
 as in TokenBatch, n = tokens of the sequence that count, A = its advantage (that of its first

@@ -1,4 +1,4 @@
-"""The public token-local objectives (OBJECTIVES.md, section 1) and the terms that add to them.
+"""The public token-local objectives and the terms that add to them.
 
 Each class is one row of `objectives.TABLE`, or a short sum of rows; its docstring gives loss and
 coef = dloss/dl per token, before its weight, and where it comes from. Symbols: l = log-prob of the

@@ -237,7 +237,7 @@ def prepare(folder: Path, extension: Extension, mutations) -> str:
 
 
 def summary(rows: list[dict]) -> tuple[str, bool]:
-    """(one line a kind, whether the teeth are what PROMISES.md asks for)."""
+    """(one line a kind, whether the teeth are what was promised)."""
     lines, good = [], True
     for kind, chosen in (
         ("historical", [r for r in rows if r["number"] < 100]),
