@@ -126,7 +126,8 @@ def _linear_setup(ctx, inputs, output):
     ctx.grads = output[7:]
 
 
-def _restore(ctx) -> list:
+def restore(ctx) -> list:
+    """The arguments of the forward, the saved tensors in their places."""
     args = list(ctx.args)
     for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
         args[i] = x
@@ -136,7 +137,7 @@ def _restore(ctx) -> list:
 def _linear_backward(ctx, g_loss, *_):
     grads = [None] * 23
     grads[12] = [None] * len(ctx.extras)
-    args = _restore(ctx)
+    args = restore(ctx)
     if g_loss is None:
         return tuple(grads)
     formed = ctx.grads
@@ -169,7 +170,7 @@ def _logits_setup(ctx, inputs, output):
 def _logits_backward(ctx, g_loss, *_):
     grads = [None] * 16
     grads[8] = [None] * len(ctx.extras)
-    args = _restore(ctx)
+    args = restore(ctx)
     if g_loss is None:
         return tuple(grads)
     formed = ctx.grads
@@ -214,7 +215,7 @@ _NO_TERMS = torch.zeros(0, 8, dtype=torch.float64)
 
 @linear_logps.register_fake
 def _(hidden, *rest):
-    return ops._fake_rows(hidden)[2:]
+    return ops.fake_rows(hidden)[2:]
 
 
 def _logps_setup(ctx, inputs, output):
@@ -229,7 +230,7 @@ def _coefs(g_logps, g_entropy, g_lse) -> Tensor:
 
 
 def _logps_backward(ctx, g_logps, g_entropy, g_lse, *_):
-    args = _restore(ctx)
+    args = restore(ctx)
     coefs = _coefs(g_logps, g_entropy, g_lse)
     linear, (labels, temperature, head), rest = args[:5], args[5:8], args[8:]
     with torch.no_grad():
@@ -254,7 +255,7 @@ def logits_logps(
 
 @logits_logps.register_fake
 def _(logits, *rest):
-    return ops._fake_rows(logits)[2:]
+    return ops.fake_rows(logits)[2:]
 
 
 def _logits_logps_setup(ctx, inputs, output):

@@ -153,7 +153,8 @@ def _scale_on_device(rows: Rows) -> Tensor:
     return torch.where(top > 0, scale, torch.ones_like(scale))
 
 
-def _pad(x: Tensor, rows: int) -> Tensor:
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros after its own; x itself where it has as many."""
     if x.shape[0] == rows:
         return x
     padded = x.new_zeros(rows, x.shape[1])
@@ -161,7 +162,7 @@ def _pad(x: Tensor, rows: int) -> Tensor:
     return padded
 
 
-class _Gradients:
+class Gradients:
     """The gradients of one call, filled chunk by chunk."""
 
     def __init__(self, k: Kernels, call: LinearCall, n: int, chunks: int, scale: float):
@@ -222,7 +223,7 @@ class _Gradients:
         )
 
 
-def _empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
+def empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
     """Nothing counts: loss 0 and zero gradients."""
 
     def zeros(x, wanted):
@@ -293,7 +294,7 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     out = RowOutputs.zeros(n, stats, call.hidden.device, call.wants_coefs)
     index, count, call = _chosen(k, call)
     if count == 0:
-        return _empty_result(call, out)
+        return empty_result(call, out)
 
     def gather(x):
         return x if index is None or x is None else x.index_select(0, index)
@@ -310,7 +311,7 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     plan = plan_chunks(count, vocab, nbytes, call.plan, k.device)
     scale = power_of_two_scale(rows, call.hidden.dtype, k.asynchronous)
     bounds = plan.bounds
-    grads = _Gradients(k, call, count, len(bounds), scale)
+    grads = Gradients(k, call, count, len(bounds), scale)
     grad = call.hidden.dtype if call.needs.any else None
     height = plan.rows if plan.padded else min(plan.rows, count)
     buffer = k.buffer(height, vocab, call.logits_dtype, hidden.device)
@@ -318,7 +319,7 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
         size = stop - start
         x, u = hidden[start:stop], None if adapter is None else adapter[start:stop]
         if plan.padded:
-            x, u = _pad(x, height), None if u is None else _pad(u, height)
+            x, u = pad_rows(x, height), None if u is None else pad_rows(u, height)
         logits = buffer[: x.shape[0]]
         cut = slice(start, stop)
         chunk = rows.map(lambda v, cut=cut: v[cut])

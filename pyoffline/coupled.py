@@ -135,16 +135,12 @@ class Coupled:
         return torch.exp(v - self.group_spread(self.group_logsumexp(v)))
 
 
-UNITS = ("sequence", "pair", "group", "batch")
-WEIGHTINGS = ("token", "sequence", "pair", "group", "chosen")
-
-
 @dataclass(frozen=True)
 class CoupledRow:
     """One coupled objective: its number, its function, and what must be whole for it.
 
     Args:
-        unit: what must be whole before a coefficient is known.
+        unit: what must be whole before a coefficient is known: sequence, pair, group or batch.
         weighs: what the default weights average over; "token" reads `c.weights`, the others
             `c.omega`, "chosen" (tokens of chosen sequences) their product.
         reads: token inputs (old, mu, ref, adv) and sequence inputs (rewards, group_ids, targets,

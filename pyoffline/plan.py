@@ -176,11 +176,6 @@ class UnitPlan:
         rows = self.rows if self.padded else math.ceil(size / math.ceil(size / self.rows))
         return [(i, min(i + rows, stop)) for i in range(start, stop, rows)]
 
-    @property
-    def chunks(self) -> int:
-        """An upper bound on the chunks that reach the gradient GEMMs."""
-        return sum(len(self.parts(b)) for b in self.blocks)
-
 
 def _pack(sizes: list[int], rows: int) -> list[Block]:
     """Consecutive units into as few blocks of at most `rows` rows as can be; a longer one alone."""

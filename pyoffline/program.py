@@ -45,10 +45,6 @@ class Program:
     one_of: tuple[tuple[str, ...], ...] = ()
 
     @property
-    def has_custom(self) -> bool:
-        return CUSTOM_CODE in self.codes[0::3]
-
-    @property
     def coupled(self) -> tuple:
         """The coupled rows and masks of this program, in order; empty for a token-local one."""
         return coupled_rows(self.codes)

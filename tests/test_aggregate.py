@@ -9,7 +9,6 @@ import pyoffline as po
 from pyoffline.aggregate import ALIASES, MODES, GlobalCounts, shift_labels, token_weights
 
 F64 = torch.float64
-SEQUENCE_MODES = [m for m in MODES if MODES[m].count in ("sequences", "prompts")]
 
 
 def loop_weights(mask, mode, groups, horizon):
