@@ -42,9 +42,9 @@ LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 @triton.jit
 def load_tile(
     matrix, first, lines, k, dim, stride,
-    TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, BLOCK_D] of a row-major matrix: rows from `first` (`lines`, clamped, for pointers),
+    """A tile of a row-major matrix: rows from `first` (TMA) or `lines` (pointers, clamped), BLOCK_D
     columns from k; 0 past dim. stride: int64 elements.
     """
     if TMA:
@@ -198,11 +198,11 @@ def score_tiles_kernel(
         for k in range(0, dim, BLOCK_D):
             x = load_tile(
                 hidden, first_row, lines, k, dim, stride_hidden.to(tl.int64) * UNIT,
-                TMA, EVEN, BLOCK_N, BLOCK_D,
+                TMA, EVEN, BLOCK_D,
             )  # fmt: skip
             w = load_tile(
                 weight, first, entries, k, dim, stride_weight.to(tl.int64) * UNIT,
-                TMA, EVEN, BLOCK_V, BLOCK_D,
+                TMA, EVEN, BLOCK_D,
             )  # fmt: skip
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
         state = fold_tile(
