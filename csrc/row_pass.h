@@ -18,8 +18,7 @@
 
 namespace pyoffline {
 
-// Sums over one row. level 0 fills up to `tail`, level 1 adds s and tail_squares, level 2 adds
-// sum_ut.
+// Sums over one row. Level 0 fills up to `tail`, 1 adds s and tail_squares, 2 adds sum_ut.
 struct RowSums {
   float y_max;          // in the ordered coordinate of cpu/sweeps.h
   float offset;         // y_max, or tanh of it under a softcap

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 MIB = 1 << 20
-# At most 1 GiB on a GPU, 512 MiB on a CPU. There the GEMMs' own panels take up
-# to 64 MiB beside the chunk, so that both stay within 512.
+# At most 1 GiB on a GPU, 512 MiB on a CPU. There the GEMMs' own panels take up to 64 MiB beside the
+# chunk, so that both stay within 512.
 DEFAULT_BUDGET = {"cpu": 448 * MIB, "cuda": 1024 * MIB}
 # Rows of a chunk in deterministic mode: every GEMM has this shape whatever the batch.
 DETERMINISTIC_ROWS = 256
