@@ -58,7 +58,7 @@ stage huge 25 "${pytest[@]}" -rs -k "n13 or N13" "${files[@]}"
 # Small rows only, of one block and of a cluster: the checkers are slow.
 stage memcheck 35 "${sanitizer[@]}" memcheck "${pytest[@]}" -x tests/test_gpu_numbers_2.py -k "agrees and not 4097"
 stage racecheck 35 "${sanitizer[@]}" racecheck "${pytest[@]}" -x tests/test_gpu_numbers_2.py -k "agrees and (300 or 32000) and not 16"
-# Shapes and bars: pyoffline/benchmarks/shapes.py. What a cut-off stage has finished is in its JSON.
+# Shapes and bars of DESIGN.md section 7. What a cut-off stage has finished is in its JSON.
 bench bars 65 --op linear_policy_loss linear_token_logps scoring --rounds 5 --no-peers --budget
 bench wide 35 --op linear_policy_loss --shape 8192,4096,151936 8192,896,151936 --rounds 5 --no-peers --no-memory --budget
 # The same with the GEMM's epilogue in place of the row pass (kernels/epilogue_rows.py).
