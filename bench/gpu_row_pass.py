@@ -77,8 +77,10 @@ def measure(rows: int, vocab: int, name: str, with_grad: bool, rounds: int) -> d
 def main() -> None:
     """Measure every shape, dtype and mode; print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--json", type=Path, help="write the records there")
+    parser.add_argument(
+        "--rounds", type=int, default=21, help="paired rounds (default: %(default)s)"
+    )
     options = parser.parse_args()
     if reason := _C.cuda_why_not(torch.cuda.current_device() if torch.cuda.is_available() else 0):
         raise SystemExit(f"not run: {reason}")

@@ -165,9 +165,13 @@ def verdict(losses):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--steps", type=int, default=300, help="optimiser steps of a run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="runs of each kind (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="write the report there, as JSON")
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     report = provenance() | {"steps": args.steps, "seeds": args.seeds}

@@ -109,7 +109,7 @@ void bind_small(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   using namespace pyoffline;
-  module.doc() = "CPU kernels of pyoffline; the contract is in docs/internals.md.";
+  module.doc() = "CPU and CUDA kernels of pyoffline; the contract is in docs/internals.md.";
   bind_row_pass(module);
   bind_cuda(module);
   bind_gemm(module);

@@ -8,7 +8,7 @@
 namespace pyoffline {
 
 void bind_row_pass(py::module_& module);  // bind_row_pass.cpp: row_pass, score_rows, codes
-void bind_cuda(py::module_& module);      // bind_cuda.cpp: cuda_row_pass, cuda_why_not
+void bind_cuda(py::module_& module);      // bind_cuda.cpp: cuda_*
 void bind_gemm(py::module_& module);      // bind_gemm.cpp: gemm_*, set_gemm
 void bind_distill(py::module_& module);   // bind_distill.cpp: distill_row_pass, divergence_codes
 

@@ -41,9 +41,9 @@ struct DivergenceSums {
   float peak;  // RenyiDivergence: max log(T^alpha S^(1 - alpha))
 };
 
-// The power family, RenyiDivergence and AlphaDivergence: T^a S^(1-a) - base = base expm1(c (log T -
-// log S)), which keeps its digits where a is near 0 or 1. base is T (c = a - 1) or S (c = a),
-// whichever is nearer.
+// The power family, RenyiDivergence and AlphaDivergence:
+//   T^a S^(1-a) - base = base expm1(c (log T - log S))
+// keeps its digits where a is near 0 or 1. base is T (c = a - 1) or S (c = a), whichever is nearer.
 PYOFFLINE_HD inline bool base_is_teacher(double alpha) { return alpha >= 0.5; }
 
 PYOFFLINE_HD inline double renyi_value(double alpha, const DivergenceSums& sums) {

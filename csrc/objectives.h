@@ -313,7 +313,7 @@ PYOFFLINE_HD inline LossCoef evaluate_term(const Term& term, const TokenIn& x) {
     case z_loss_code: return z_loss(x.lse);
     case smoothing_code: return smoothing(x.gap);
   }                   // clang-format on
-  return {NAN, NAN};  // bindings.cpp rejects unknown codes
+  return {NAN, NAN};  // row_call.cpp rejects unknown codes
 }
 
 // Every term that is switched on, scaled, gated and added. A scale of 0 drops the term, a gate of 0

@@ -1,5 +1,4 @@
-// What one call of the row pass reads and writes. Plain pointers and sizes, already checked by
-// bindings.cpp.
+// What a call of the row pass reads and writes: plain pointers and sizes, checked by row_call.cpp.
 //
 // One call handles C rows of V logits: softmax statistics, the objective program, and the gradient
 // of each row. Every per-row array is contiguous fp32 of length `rows` unless said otherwise; null

@@ -59,8 +59,8 @@ TensorArg read_stored_rows(RowCall& row, Keywords& keywords, py::handle logits, 
 // The head, the row inputs and outputs, and the program, in the order in which errors are found.
 void read_row_arguments(RowCall& row, Keywords& keywords);
 
-// Copies the labels; a bad one at a row that is never read becomes ignore_index, any other is an
-// IndexError.
+// Copies the labels. A bad one becomes ignore_index at a row that is never read; elsewhere it is an
+// IndexError that names row and value.
 void check_labels(RowCall& row, const int64_t* labels);
 
 // Only a list or tuple: iterating over an array would read whatever its strides say.

@@ -2,12 +2,14 @@
 // gradient constants.
 //
 // The vector half (cpu/sweeps.h) sums over the row before and writes dlogits after. In between,
-// once a row and in fp64:
-//   d = ones + tail      logp = t_y - log d      entropy = log d - s/d,  s = sum e t      lse = m +
-//   log d
-// with t = z - m, e = exp(t). `ones` counts the entries of the block of the maximum that equal it,
-// `tail` is all the rest, so that log d = log1p(ones - 1 + tail) keeps every bit of a confident
-// row. Not here: objectives, weights, loops.
+// once a row and in fp64, with t = z - m and e = exp(t):
+//   d       = ones + tail
+//   logp    = t_y - log d
+//   entropy = log d - s/d,  s = sum e t
+//   lse     = m + log d
+// `ones` counts the entries of the block of the maximum that equal it, `tail` is all the rest, so
+// that log d = log1p(ones - 1 + tail) keeps every bit of a confident row. Not here: objectives,
+// weights, loops.
 #pragma once
 
 #include <math.h>
@@ -16,8 +18,7 @@
 
 namespace pyoffline {
 
-// Sums over one row. level 0 fills up to `tail`, level 1 adds s and tail_squares, level 2 adds
-// sum_ut.
+// Sums over one row. Level 0 fills up to `tail`, 1 adds s and tail_squares, 2 adds sum_ut.
 struct RowSums {
   float y_max;          // in the ordered coordinate of cpu/sweeps.h
   float offset;         // y_max, or tanh of it under a softcap
@@ -54,8 +55,9 @@ PYOFFLINE_HD inline RowStats finish_stats(const RowSums& sums, int64_t vocab, do
   return out;
 }
 
-// What the gradient sweep multiplies with: dlogits_v = damp_v (e_v (from_p - from_pt t_v) - from_u
-// u_v), and the label's own value. Where e_v is 0 the first product is 0 whatever from_p is.
+// What the gradient sweep multiplies with, and the label's own value:
+//   dlogits_v = damp_v (e_v (from_p - from_pt t_v) - from_u u_v)
+// Where e_v is 0 the first product is 0 whatever from_p is.
 struct RowGradient {
   float from_p, from_pt, from_u;
   float at_label;

@@ -248,8 +248,7 @@ void CallArgs::allow_in_place(const std::string& output, const std::string& inpu
   in_place_ = {output, input};
 }
 
-// Same start and same pitch, and no row of the output is longer than the input row that it
-// replaces.
+// Same start, same pitch, and no row of the output longer than the input row that it replaces.
 bool CallArgs::in_place_pair(const TensorArg& output, const TensorArg& input) const {
   return output.name == in_place_.first && input.name == in_place_.second &&
          output.begin() == input.begin() &&

@@ -1,5 +1,4 @@
-// The arguments of one binding call: read from Python objects, checked, and kept for the overlap
-// check.
+// The arguments of one binding call: read from Python objects, checked, kept to look for overlaps.
 //
 // A torch tensor or numpy array is read through the base class's own descriptors, so that neither a
 // subclass nor an attribute of the instance can lie about memory, and every extent is checked
@@ -83,9 +82,8 @@ class CallArgs {
     int before_;
   };
 
-  // Rank = number of sizes; the last dimension must have unit stride, and a [n] array is
-  // contiguous. A matrix may have any row stride (of at least its row length where `blas` or an
-  // output).
+  // Rank = number of sizes; the last dimension has unit stride, so that a [n] array is contiguous.
+  // A matrix may have any row stride (`blas`, outputs: of at least a row's length).
   TensorArg input(py::handle object, const std::string& name, unsigned kinds,
                   std::initializer_list<int64_t> sizes, bool blas = false);
   TensorArg output(py::handle object, const std::string& name, unsigned kinds,
@@ -96,14 +94,12 @@ class CallArgs {
   TensorArg maybe_output(py::handle object, const std::string& name, unsigned kinds,
                          std::initializer_list<int64_t> sizes);
 
-  // Contiguous tensors of at most two dimensions, read as flat memory; the output has the shape of
-  // `like`.
+  // Contiguous tensors of at most two dimensions, as flat memory; the output has `like`'s shape.
   TensorArg dense_input(py::handle object, const std::string& name, unsigned kinds);
   TensorArg dense_output(py::handle object, const std::string& name, unsigned kinds,
                          const TensorArg& like);
 
-  // No output may share a byte with another argument, except the one pair that was allowed in
-  // place.
+  // No output may share a byte with another argument, but for the one pair allowed in place.
   void allow_in_place(const std::string& output, const std::string& input);
   void check_overlaps() const;
 

@@ -29,8 +29,7 @@ py::object loaded_module(const char* name) {
   return module;
 }
 
-// Built at the first call after torch is imported, never freed: descriptors outlive us, and so do
-// we.
+// Built at the first call after torch is imported, and never freed: descriptors live as long.
 const TorchApi* torch_api() {
   static TorchApi* api = nullptr;
   if (api) return api;

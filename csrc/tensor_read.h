@@ -14,8 +14,7 @@ struct ReadError {
   std::string expected, got, advice;
 };
 
-// False when the object is neither a torch tensor nor a numpy array. Fills everything but name and
-// given.
+// False when the object is neither a torch tensor nor a numpy array. Fills all but name and given.
 bool read_tensor(py::handle object, TensorArg& arg);
 
 }  // namespace pyoffline

@@ -173,8 +173,15 @@ def draw(path: Path, runs: dict[str, list[tuple]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/figures"),
+        help="folder of the figure (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=400, help="of discriminator and policy (default: %(default)s)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # small matrices: a barrier costs more than the work
     start, log_expert = time.perf_counter(), expert()

@@ -1,5 +1,7 @@
-"""Mean-seeking to mode-seeking on a target that the model cannot cover, and what reward-weighted
-regression and prefix ratios estimate. Two cores, no network, under two minutes.
+"""Mean-seeking to mode-seeking on a target that the model cannot cover.
+
+And what reward-weighted regression and prefix ratios estimate. Two cores, no network, under two
+minutes.
 
 The answers are 121 points on a line, logged once each by a uniform policy mu, with rewards whose
 Gibbs policy pi* ~ mu e^{r/tau} has two modes. The model is a discretised Gaussian: the "hidden
@@ -85,7 +87,7 @@ def grouped(objective):
 
 
 def jsd(beta: float):
-    """beta KL(T||M) + (1-beta) KL(S||M); its ends are defined as the two KLs. (OBJECTIVES.md, 4)"""
+    """beta KL(T||M) + (1-beta) KL(S||M); its ends are defined as the two KLs, as in TRL."""
 
     def loss(theta):
         log_s, log_t = log_model(theta), PI_STAR.log()
@@ -254,8 +256,18 @@ def show(fits, bias, ranks) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/figures"),
+        help="folder of the figures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=40,
+        help="L-BFGS iterations of each fit at most (default: %(default)s)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # two numbers to fit: a barrier costs more than the work
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Launch configurations, fixed: no autotune anywhere, so the same bits on every run (PROMISES N9).
 
-A thread of the row pass holds two groups of 16 bytes per tile: 32 bytes in flight, 16 bf16 or 8
-fp32 values. Not measured yet on a device: chosen from the register limit (64 per thread at 1,024
+A thread of the row pass holds four groups of 16 bytes per tile: 64 bytes in flight, 32 bf16 or 16
+fp32 values. Not measured yet on a device: chosen from the register limit (128 per thread at 512
 threads), the 16-byte load, and the L2 rule of README.md; `make triton-table` prints what the
 compiler makes of them and tests/test_triton_compile.py keeps that table.
 """

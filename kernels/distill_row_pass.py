@@ -1,12 +1,12 @@
-"""Distillation row pass: divergences between C rows of student and teacher logits, and dlogits in
-place of the student's, one kernel.
+"""Distillation row pass: divergences of C rows of student and teacher logits, and dlogits in place.
 
 The objective's part comes with given coefficients: `row_pass` runs first, for statistics. Per row:
 sums of both rows (`row_sums`), log-probs tile by tile, sums of the divergences, then
-dz = the objective's + sum_k factor_k dz_k. Traffic per logit of s bytes: one read of each row and
-one write from memory (3 s), s more for the statistics of `row_pass`; the other sweeps (one for the
-sums, one for RenyiDivergence's maximum, one for the gradient) find both rows in L2. Not here: the
-divergences (divergences.py), a top-k teacher (pyoffline/triton_distill.py), GEMMs.
+dz = the objective's + sum_k factor_k dz_k, over the student's logits. Traffic per logit of s bytes:
+one read of each row and one write from memory (3 s), s more for the statistics of `row_pass`; the
+other sweeps (one for the sums, one for RenyiDivergence's maximum, one for the gradient) find both
+rows in L2. Not here: the divergences (divergences.py), a top-k teacher (pyoffline/triton_top_k.py),
+GEMMs.
 """
 
 import triton
@@ -240,9 +240,7 @@ def distill_kernel(
     CODES: tl.constexpr, BENDS: tl.constexpr, BENDS_T: tl.constexpr,
     UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """Strides of rows in units of UNIT elements. A row that does not count is never read; its
-    dlogits are 0.
-    """
+    """Row strides in units of UNIT elements. A row that does not count is never read: dlogits 0."""
     HAS_GRAD: tl.constexpr = dlogits_ptr is not None
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         label = tl.load(labels_ptr + row)
@@ -270,11 +268,16 @@ def distill_kernel(
 
 
 def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, outputs, grad_scale=None):
-    """Run the kernel. logits, teacher [C, V], unit stride in V; dlogits [C, V] or None (may start
-    where logits starts); rows: calls.Rows with `coefs` of the objective; teacher_rows: the
-    teacher's head and bias; terms: (code, gate, scale, param) of each divergence, resolved;
-    outputs: (loss, which is added to, values [K, C], teacher_entropy, top1_agreement uint8);
-    grad_scale: fp32 scalar on the device, or None for 1.
+    """Run the kernel.
+
+    Args:
+        logits, teacher: [C, V], unit stride in V.
+        dlogits: [C, V] or None; may start where logits starts.
+        rows: calls.Rows with `coefs` of the objective.
+        teacher_rows: calls.Rows with the teacher's head and bias.
+        terms: (code, gate, scale, param) of each divergence, resolved.
+        outputs: (loss, which is added to; values [K, C]; teacher_entropy; top1_agreement uint8).
+        grad_scale: fp32 scalar on the device, or None for 1.
     """
     count, vocab = logits.shape
     if count == 0:

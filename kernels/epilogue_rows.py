@@ -8,7 +8,8 @@ logits, row pass and GEMMs take 10.
 
 The offset of a row is the logit of its label, known from one dot product, so e is right whatever
 the row's maximum is, up to 40 nats away. Rows beyond (`late`) are written again from their maximum,
-by a third launch whose programs return at once where no row of theirs is late: no host sync.
+by a second launch of the product, whose programs return at once where no row of theirs is late: no
+host sync.
 
 bf16 hidden states and logits, whose exponent is fp32's; objectives through dL/dlogp and dL/dlse
 only. Not here: entropy and smoothing terms, softcap, adapters (`serves`), the GEMMs.

@@ -188,8 +188,9 @@ def row_pass_kernel(
     SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """Strides in units of UNIT elements, so that the compiler knows the alignment of every row.
-    SHIFTS: rows start anywhere; they are read from the multiple of GROUP before. head: softcap,
-    logit_scale, temperature.
+
+    SHIFTS: rows start anywhere; they are read from the multiple of GROUP before.
+    head: softcap, logit_scale, temperature.
     """
     HAS_GRAD: tl.constexpr = dlogits_ptr is not None
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -291,11 +292,19 @@ def run_row(
 def row_pass(
     logits, dlogits, rows, outputs, flag, grad_scale=None, config=None, *, is_lifted=False
 ):
-    """Run the kernel. logits [C, V], unit stride in V; dlogits [C, V] or None (may start where
-    logits starts); rows: calls.Rows; outputs: (loss, logps, entropy, lse, log_sum_p2, is_top1
-    uint8, gap, coefs [4, C]), None where not wanted; flag: int64 [2], (set, value * 2^32 + row);
-    grad_scale: fp32 scalar on the device, or None for 1. is_lifted: entries of -inf are no entries
-    of their row, also under a softcap; what dlogits are there means nothing.
+    """Run the kernel.
+
+    Args:
+        logits: [C, V], unit stride in V.
+        dlogits: [C, V] or None; may start where logits starts.
+        rows: calls.Rows, fp32 and contiguous.
+        outputs: (loss, logps, entropy, lse, log_sum_p2, is_top1 uint8, gap, coefs [4, C]), None
+            where not wanted.
+        flag: int64 [2], becomes (1, value * 2^32 + row) for a label outside [0, V).
+        grad_scale: fp32 scalar on the device, or None for 1.
+        config: a RowConfig in place of the table's (tests).
+        is_lifted: entries of -inf are no entries of their row, also under a softcap; what dlogits
+            are there means nothing.
     """
     count, vocab = logits.shape
     if count == 0:

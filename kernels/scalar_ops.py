@@ -4,8 +4,9 @@ Device functions on fp32, a few ulps from the true value over the whole range: o
 underflow goes through denormals to 0, NaN stays NaN. Built from multiplications, additions and
 bit patterns only, so that every chip and the interpreter compute the same number (`tl.exp` is
 `ex2.approx(x * log2 e)` on NVIDIA: relative error |x| 2^-24, too much for a ratio). They run a few
-times a row; the sweeps over the vocabulary use `tl.exp`, whose argument there is at most 0 and
-weighs little where it is large. Coefficients: Cephes expf and tanhf, fdlibm log1pf. Not here: fp64.
+times a row; the sweeps over the vocabulary use `tl.exp2`, whose argument there is at most 0, so
+that its error is large only where the result is small. Coefficients: Cephes expf and tanhf, fdlibm
+log1pf. Not here: fp64.
 """
 
 import triton

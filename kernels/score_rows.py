@@ -42,9 +42,9 @@ LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 @triton.jit
 def load_tile(
     matrix, first, lines, k, dim, stride,
-    TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, BLOCK_D] of a row-major matrix: rows from `first` (`lines`, clamped, for pointers),
+    """A tile of a row-major matrix: rows from `first` (TMA) or `lines` (pointers, clamped), BLOCK_D
     columns from k; 0 past dim. stride: int64 elements.
     """
     if TMA:
@@ -161,11 +161,13 @@ def score_tiles_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
     GROUP_N: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """hidden, weight: descriptors with TMA, else pointers. Strides and dim in units of UNIT
-    elements, so that the compiler knows the alignment. sums [N, spans, FIELDS] fp32; the last
-    two fields only with WANT_GAP. exps: (), or (exp(z - offset) [N, V], offset [N] in units of y),
-    or these and late [N]: then tiles without a late row do nothing, and no sums are written.
-    stride_exps: of its rows, in 32 bytes.
+    """The product of one row tile and one span of V, folded into sums.
+
+    hidden, weight: descriptors with TMA, else pointers. Strides and dim in units of UNIT elements,
+    so that the compiler knows the alignment. sums [N, spans, FIELDS] fp32; the last two fields only
+    with WANT_GAP. exps: (), or (exp(z - offset) [N, V], offset [N] in units of y), or these and
+    late [N]: then tiles without a late row do nothing, and no sums are written. stride_exps: of its
+    rows, in units of STORE_UNIT elements.
     """
     AGAIN: tl.constexpr = len(exps) == 3
     dim = dim * UNIT
@@ -196,11 +198,11 @@ def score_tiles_kernel(
         for k in range(0, dim, BLOCK_D):
             x = load_tile(
                 hidden, first_row, lines, k, dim, stride_hidden.to(tl.int64) * UNIT,
-                TMA, EVEN, BLOCK_N, BLOCK_D,
+                TMA, EVEN, BLOCK_D,
             )  # fmt: skip
             w = load_tile(
                 weight, first, entries, k, dim, stride_weight.to(tl.int64) * UNIT,
-                TMA, EVEN, BLOCK_V, BLOCK_D,
+                TMA, EVEN, BLOCK_D,
             )  # fmt: skip
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
         state = fold_tile(
@@ -225,8 +227,9 @@ def write_sums(
 def join_spans(
     sums_ptr, n_spans, slope2, WANT_GAP: tl.constexpr, FIELDS: tl.constexpr, SPANS: tl.constexpr
 ):
-    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row. Lane i takes spans i, i + SPANS,
-    ...; lanes join at the end.
+    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row.
+
+    Lane i takes the spans i, i + SPANS, ...; lanes join at the end.
     """
     lanes = tl.arange(0, SPANS)
     m_lane = tl.zeros([SPANS], tl.float32) + LOWEST

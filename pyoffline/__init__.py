@@ -1,8 +1,10 @@
 """pyoffline: kernel-accelerated losses for post-training language models from offline samples.
 
     import pyoffline as po
-    out = po.linear_policy_loss(hidden, po.Head.of(model), po.TokenBatch(labels, advantages, old),
-    po.PPOClip()) out.loss.backward()
+
+    tokens = po.TokenBatch(labels, advantages=advantages, old_logps=old_logps)
+    out = po.linear_policy_loss(hidden, po.Head.of(model), tokens, po.PPOClip())
+    out.loss.backward()
 
 Importing needs torch and numpy only; it starts no threads and touches no GPU.
 """

@@ -164,9 +164,7 @@ def _check_ids(sequence_ids, shape):
 
 
 def _merge(counts, num_items, name, rule):
-    """One GlobalCounts, checked: the count that the rule reads is there whenever the mask cannot be
-    the whole step.
-    """
+    """One GlobalCounts; the count the rule reads is there unless the mask is the whole step."""
     counts = GlobalCounts() if counts is None else counts
     if not isinstance(counts, GlobalCounts):
         raise TypeError(f"counts: expected GlobalCounts, got {type(counts).__name__}")
@@ -243,9 +241,7 @@ def _denominator(mask, name, rule, counts, sequence_ids, group_ids):
 
 
 def _sequence_index(mask, name, sequence_ids):
-    """Which sequence each position belongs to, of the mask's shape, and the number of rows (0 for a
-    packed batch).
-    """
+    """(sequence of each position, of the mask's shape; number of rows, 0 for a packed batch)."""
     if sequence_ids is not None:
         _check_ids(sequence_ids, mask.shape)
         return dense_ids(sequence_ids, "sequence_ids").to(mask.device), 0
@@ -260,9 +256,7 @@ def _sequence_index(mask, name, sequence_ids):
 
 
 def _check_length(length, index, rows, name):
-    """[S] arrays have one entry a row; in a packed batch one a sequence, in ascending order of
-    their ids.
-    """
+    """[S] arrays have one entry a row; packed: one a sequence, by ascending id."""
     found = rows if rows or not index.numel() else int(index.max()) + 1
     if length != found:
         raise ValueError(

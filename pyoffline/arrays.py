@@ -62,9 +62,7 @@ def clean(x, valid, name):
 
 
 class Groups:
-    """Statistics over the valid rows of each group, handed back to every row; columns, if any, are
-    independent.
-    """
+    """Statistics over the valid rows of each group, handed back to every row; columns are apart."""
 
     def __init__(self, index, valid):
         self.index, self.valid = index, valid
@@ -89,17 +87,13 @@ class Groups:
         return (self.sum((x - self.mean(x)) ** 2) / (self.size - 1).clamp(min=1)).sqrt()
 
     def equal(self, x):
-        """True where the group has nothing to compare: one valid row, or the same finite number in
-        all of them.
-        """
+        """True where nothing can be compared: one valid row, or the same finite number in all."""
         peak = self.max(x)
         return (peak == self.min(x)) & peak.isfinite()
 
 
 def places(mask):
-    """Where each valid token goes when the holes are squeezed out; T (a column that is dropped) for
-    the others.
-    """
+    """Where each valid token goes when holes are squeezed out; the others: T, which is dropped."""
     return (mask.cumsum(-1) - 1).masked_fill(~mask, mask.shape[1])
 
 
@@ -113,9 +107,7 @@ def expand(x, place):
 
 
 def discounted_suffix(x, decay):
-    """sum_{k>=t} decay^(k-t) x_k along rows by doubling: log2(T) passes, and the error of a
-    pairwise sum.
-    """
+    """sum_{k>=t} decay^(k-t) x_k along rows; by doubling: log2(T) passes, pairwise error."""
     step = 1
     while step < x.shape[1] and decay**step > 0:
         x = torch.cat([x[:, :-step] + decay**step * x[:, step:], x[:, -step:]], 1)

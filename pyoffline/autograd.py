@@ -3,7 +3,8 @@
 A scalar loss has its gradients formed in the forward; the backward applies the upstream gradient
 to them, in place and once, and gives them away. A second backward (retain_graph) recomputes. Token
 log-probs recompute the logits in their backward, from the row coefficients that arrive. Double
-backward raises and names the op. Not here: the ops (`ops.py`).
+backward raises and names the op. Also here: the ops of the token log-probs, which are one of
+`ops.py` without an objective. Not here: the other ops (`ops.py`, `token_losses.py`, ...).
 """
 
 import sys
@@ -33,9 +34,7 @@ FUNC_GRAD = f"torch.func.grad, vjp and hessian are {_INSTEAD}"
 
 
 def _eager(x: Tensor) -> bool:
-    """A real tensor in eager mode, whose memory may be written; fake and functional tensors are
-    subclasses.
-    """
+    """A real tensor in eager mode, whose memory may be written (fake ones are subclasses)."""
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -45,9 +44,7 @@ def is_read_by_host(upstream: Tensor, grad: Tensor) -> bool:
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * upstream, cast once; in place where the gradient is ours to write, untouched where
-    upstream is 1.
-    """
+    """grad * upstream, cast once; in place where it is ours, untouched where upstream is 1."""
     if is_functorch_wrapped_tensor(upstream) or is_legacy_batchedtensor(upstream):
         # is_grads_batched: several upstreams at once
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -129,7 +126,8 @@ def _linear_setup(ctx, inputs, output):
     ctx.grads = output[7:]
 
 
-def _restore(ctx) -> list:
+def restore(ctx) -> list:
+    """The arguments of the forward, the saved tensors in their places."""
     args = list(ctx.args)
     for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
         args[i] = x
@@ -139,7 +137,7 @@ def _restore(ctx) -> list:
 def _linear_backward(ctx, g_loss, *_):
     grads = [None] * 23
     grads[12] = [None] * len(ctx.extras)
-    args = _restore(ctx)
+    args = restore(ctx)
     if g_loss is None:
         return tuple(grads)
     formed = ctx.grads
@@ -172,7 +170,7 @@ def _logits_setup(ctx, inputs, output):
 def _logits_backward(ctx, g_loss, *_):
     grads = [None] * 16
     grads[8] = [None] * len(ctx.extras)
-    args = _restore(ctx)
+    args = restore(ctx)
     if g_loss is None:
         return tuple(grads)
     formed = ctx.grads
@@ -217,7 +215,7 @@ _NO_TERMS = torch.zeros(0, 8, dtype=torch.float64)
 
 @linear_logps.register_fake
 def _(hidden, *rest):
-    return ops._fake_rows(hidden)[2:]
+    return ops.fake_rows(hidden)[2:]
 
 
 def _logps_setup(ctx, inputs, output):
@@ -232,7 +230,7 @@ def _coefs(g_logps, g_entropy, g_lse) -> Tensor:
 
 
 def _logps_backward(ctx, g_logps, g_entropy, g_lse, *_):
-    args = _restore(ctx)
+    args = restore(ctx)
     coefs = _coefs(g_logps, g_entropy, g_lse)
     linear, (labels, temperature, head), rest = args[:5], args[5:8], args[8:]
     with torch.no_grad():
@@ -257,7 +255,7 @@ def logits_logps(
 
 @logits_logps.register_fake
 def _(logits, *rest):
-    return ops._fake_rows(logits)[2:]
+    return ops.fake_rows(logits)[2:]
 
 
 def _logits_logps_setup(ctx, inputs, output):

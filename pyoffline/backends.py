@@ -147,9 +147,10 @@ def use_backend(name: str):
 
 
 def pick(device: str, dtype: torch.dtype, op: str | None = None) -> str:
-    """The backend for tensors of this device and dtype (and this op). A compiled graph carries
-    "auto" instead and picks when it runs: `use_backend` holds for it too, and is nothing to guard
-    on.
+    """The backend for tensors of this device and dtype (and this op).
+
+    A compiled graph carries "auto" and picks when it runs, so that `use_backend` holds for it too
+    and nothing has to be guarded on.
     """
     if torch.compiler.is_compiling():
         return "auto"
@@ -164,16 +165,18 @@ def pick(device: str, dtype: torch.dtype, op: str | None = None) -> str:
 
 
 def scaling_backend(grad: torch.Tensor) -> str | None:
-    """The GPU backend whose kernel multiplies this gradient by an upstream gradient that the host
-    does not know, or None. Not `use_backend`'s: autograd's own thread does not see it.
+    """The GPU backend that multiplies this gradient by an upstream on the device, or None.
+
+    Not `use_backend`'s: autograd's own thread does not see it.
     """
     kind = grad.device.type
     return next((n for n in GPU_BACKENDS if why_not(n, kind, grad.dtype) is None), None)
 
 
 def load(name: str, x: torch.Tensor, op: str | None = None):
-    """The module of a backend (for "auto": the one picked now, for `x`): it has
-    `linear(LinearCall)` and `logits(LogitsCall)`, or for an op of OP_MODULES that op's function.
+    """The module of a backend; of "auto" the one picked now, for `x`.
+
+    It has `linear(LinearCall)` and `logits(LogitsCall)`, or for an op of OP_MODULES its function.
     """
     if name == "auto":
         name = pick(x.device.type, x.dtype, op)
@@ -182,9 +185,7 @@ def load(name: str, x: torch.Tensor, op: str | None = None):
 
 @dataclass(frozen=True)
 class BackendTable:
-    """Rows of (op, device, picked, ((other, why not), ...)), and (device, Order) of each device;
-    print it.
-    """
+    """Rows (op, device, picked, ((other, why not), ...)) and (device, Order) pairs; print it."""
 
     rows: tuple
     orders: tuple = ()
@@ -200,9 +201,7 @@ class BackendTable:
 
 
 def backends() -> BackendTable:
-    """What is there, what is picked for each op and device, and why not the others:
-    `print(po.backends())`.
-    """
+    """What is there, what is picked per op and device, why not the others; print it."""
     rows = []
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         for op in OPS:

@@ -1,5 +1,4 @@
-"""What a training run shows and writes: a progress bar, metrics.jsonl, and a clean stop on Ctrl-C
-or SIGTERM.
+"""What a training run shows and writes, and a clean stop on Ctrl-C or SIGTERM.
 
 Not here: TensorBoard (transformers' own callback, `trainer.report_to: tensorboard`).
 """
@@ -20,9 +19,7 @@ from transformers import TrainerCallback
 
 
 def memory_mib() -> tuple[float, float]:
-    """Resident memory of this process now and at its peak, MiB. The peak is VmHWM, which exec
-    resets.
-    """
+    """Resident memory of this process now and at its peak (VmHWM, which exec resets), MiB."""
     status = Path("/proc/self/status")
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
@@ -32,9 +29,7 @@ def memory_mib() -> tuple[float, float]:
 
 
 class JsonlCallback(TrainerCallback):
-    """One JSON object a log: step, loss, metrics, step time and memory. A number that is not finite
-    is written as text.
-    """
+    """One JSON object a log: step, loss, metrics, step time, memory; non-finite numbers as text."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -137,8 +132,10 @@ class ProgressBar(TrainerCallback):
 
 
 class WorkerStart:
-    """Start of a data loader's worker, after `before`: a SIGTERM to the whole group (a scheduler's)
-    does not end it while the trainer finishes its step, and ends it once `quits` is set.
+    """Start of a data loader's worker, after `before`.
+
+    A SIGTERM to the whole group (a scheduler's) does not end it while the trainer finishes its
+    step, and ends it once `quits` is set.
     """
 
     def __init__(self, before, quits):

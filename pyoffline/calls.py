@@ -1,5 +1,4 @@
-"""Flat records that travel between the custom ops and the backends: tensors of N rows, no objects
-of the public API.
+"""Flat records between the custom ops and the backends: tensors of N rows, no public objects.
 
 `Rows` is what a row pass reads, `RowOutputs` what it writes; `LinearCall` / `LogitsCall` add where
 the logits come from. A backend implements `linear(LinearCall)` and `logits(LogitsCall)`. Not here:
@@ -31,9 +30,7 @@ class HeadScalars:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Per-row inputs, [N] (labels int64, others fp32 or fp64), and what all rows share ([V]
-    vectors, the program).
-    """
+    """Per-row inputs [N], labels int64, others fp32 or fp64; and what all rows share."""
 
     labels: Tensor
     weights: Tensor | None = None
@@ -78,9 +75,7 @@ _PER_ROW = frozenset({"labels", "weights", "old", "mu", "ref", "adv", "temperatu
 
 @dataclass(frozen=True, eq=False)
 class RowOutputs:
-    """Per-row results, [N]; `loss` is before the weight. `coefs` [4, N] and `gap` only where
-    asked.
-    """
+    """Per-row results [N]; `loss` is before the weight, `coefs` [4, N] and `gap` where asked."""
 
     loss: Tensor
     logps: Tensor
@@ -143,8 +138,9 @@ class LinearCall:
 
 @dataclass(frozen=True, eq=False)
 class LinearResult:
-    """Gradients are fp32 for fp16 inputs (they are cast once, after the upstream gradient); None
-    where not needed. `metrics` [M] of a coupled objective.
+    """Gradients are None where not needed; `metrics` [M] of a coupled objective.
+
+    fp16 inputs have fp32 gradients: they are cast once, after the upstream gradient.
     """
 
     loss: Tensor
@@ -170,8 +166,9 @@ class LogitsCall:
 
 @dataclass(frozen=True, eq=False)
 class LogitsResult:
-    """`dlogits` [N, V] in the logits' dtype, or None; to be multiplied by `unscale` (a power of
-    two, 1 but for fp16).
+    """`dlogits` [N, V] in the logits' dtype, or None; to be multiplied by `unscale`.
+
+    `unscale` is a power of two, 1 but for fp16.
     """
 
     loss: Tensor

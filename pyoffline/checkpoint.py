@@ -1,9 +1,9 @@
-"""Trainer state as safetensors and JSON: optimizer, scheduler, random numbers. No pickle is written
-or read.
+"""Trainer state as safetensors and JSON: optimizer, scheduler, random numbers. No pickles.
 
 `optimizer.safetensors` holds state tensors as `<parameter>.<name>`, everything else as JSON in its
-metadata; `rng_state_<rank>.safetensors` the generators; `scheduler.json`. Not here: model weights
-(transformers writes them as safetensors), and how a folder becomes complete (run_folder.py).
+metadata; `rng_state_<rank>.safetensors` the generators; `scheduler.json` and `scaler.json` (fp16)
+their state. Not here: model weights (transformers writes them as safetensors), and how a folder
+becomes complete (run_folder.py).
 """
 
 import contextlib
@@ -41,8 +41,10 @@ def save_optimizer(folder: Path, optimizer, scheduler) -> None:
 
 
 def load_optimizer(folder: Path, optimizer, scheduler) -> None:
-    """Restore what `save_optimizer` wrote. ValueError where the folder holds pickles only, or
-    nothing; OtherRunError where it is another optimizer's.
+    """Restore what `save_optimizer` wrote.
+
+    ValueError where the folder holds pickles only, or nothing; OtherRunError where it is another
+    optimizer's.
     """
     path = folder / OPTIMIZER
     if not path.is_file():
@@ -119,9 +121,7 @@ def _nothing():
 
 
 class SafeCheckpoints:
-    """Mix-in for transformers.Trainer: its checkpoints hold safetensors and JSON only, are complete
-    or not there, and only such are read.
-    """
+    """Mix-in for transformers.Trainer: safetensors and JSON only, complete or not there."""
 
     _partial = None  # where a checkpoint is being written
 
@@ -141,9 +141,7 @@ class SafeCheckpoints:
 
     @property
     def at_end(self) -> bool:
-        """Whether the steps of the run are done. transformers would make one more when a finished
-        run is resumed.
-        """
+        """Whether the run's steps are done; resumed, transformers would make one more."""
         return self.state.global_step >= self.state.max_steps > 0
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -17,9 +17,7 @@ from pyoffline.plan import plan_chunks
 
 
 class Kernels(Protocol):
-    """What a backend must provide; every tensor is [C, V], [C, D] or [V, D] and contiguous unless
-    said otherwise.
-    """
+    """What a backend must provide; tensors are [C, V], [C, D] or [V, D], contiguous unless said."""
 
     device: str
     # The kernels report bad labels themselves and `scale` may be a number on the device: the host
@@ -34,9 +32,7 @@ class Kernels(Protocol):
     def row_pass(
         self, logits: Tensor, rows: Rows, out: RowOutputs, grad: torch.dtype | None, scale
     ) -> Tensor | None:
-        """Fill `out`; with `grad` return dlogits * scale in that dtype (may reuse the logits'
-        memory).
-        """
+        """Fill `out`; with `grad` return dlogits * scale in that dtype, over the logits or not."""
 
     def fold(
         self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs, exps: Tensor
@@ -129,8 +125,9 @@ def is_one(scale: float | Tensor) -> bool:
 
 
 def power_of_two_scale(rows: Rows, dtype: torch.dtype, asynchronous: bool = False):
-    """fp16 only: the power of two that brings the largest weight to [1, 2), so that dlogits do not
-    underflow. A float, or with `asynchronous` a number on the device.
+    """The power of two that brings the largest weight to [1, 2); fp16 only, against underflow.
+
+    A float, or with `asynchronous` a number on the device.
     """
     if dtype != torch.float16:
         return 1.0
@@ -156,7 +153,8 @@ def _scale_on_device(rows: Rows) -> Tensor:
     return torch.where(top > 0, scale, torch.ones_like(scale))
 
 
-def _pad(x: Tensor, rows: int) -> Tensor:
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros after its own; x itself where it has as many."""
     if x.shape[0] == rows:
         return x
     padded = x.new_zeros(rows, x.shape[1])
@@ -164,7 +162,7 @@ def _pad(x: Tensor, rows: int) -> Tensor:
     return padded
 
 
-class _Gradients:
+class Gradients:
     """The gradients of one call, filled chunk by chunk."""
 
     def __init__(self, k: Kernels, call: LinearCall, n: int, chunks: int, scale: float):
@@ -225,7 +223,7 @@ class _Gradients:
         )
 
 
-def _empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
+def empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
     """Nothing counts: loss 0 and zero gradients."""
 
     def zeros(x, wanted):
@@ -246,9 +244,7 @@ def _empty_result(call: LinearCall, out: RowOutputs) -> LinearResult:
 
 
 def check_labels(labels: Tensor, vocab: int, index: Tensor | None) -> None:
-    """CPU: IndexError naming the row (of the flattened batch) and the value of the first bad
-    label.
-    """
+    """CPU: IndexError naming row (of the flattened batch) and value of the first bad label."""
     bad = ((labels < 0) | (labels >= vocab)).nonzero()
     if bad.numel():
         row = int(bad[0])
@@ -298,7 +294,7 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     out = RowOutputs.zeros(n, stats, call.hidden.device, call.wants_coefs)
     index, count, call = _chosen(k, call)
     if count == 0:
-        return _empty_result(call, out)
+        return empty_result(call, out)
 
     def gather(x):
         return x if index is None or x is None else x.index_select(0, index)
@@ -315,7 +311,7 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
     plan = plan_chunks(count, vocab, nbytes, call.plan, k.device)
     scale = power_of_two_scale(rows, call.hidden.dtype, k.asynchronous)
     bounds = plan.bounds
-    grads = _Gradients(k, call, count, len(bounds), scale)
+    grads = Gradients(k, call, count, len(bounds), scale)
     grad = call.hidden.dtype if call.needs.any else None
     height = plan.rows if plan.padded else min(plan.rows, count)
     buffer = k.buffer(height, vocab, call.logits_dtype, hidden.device)
@@ -323,7 +319,7 @@ def run_linear(k: Kernels, call: LinearCall) -> LinearResult:
         size = stop - start
         x, u = hidden[start:stop], None if adapter is None else adapter[start:stop]
         if plan.padded:
-            x, u = _pad(x, height), None if u is None else _pad(u, height)
+            x, u = pad_rows(x, height), None if u is None else pad_rows(u, height)
         logits = buffer[: x.shape[0]]
         cut = slice(start, stop)
         chunk = rows.map(lambda v, cut=cut: v[cut])

@@ -122,9 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit code. Known errors are one message on stderr, unknown ones a
-    traceback.
-    """
+    """Run a command; returns its exit code. Known errors are one message, others a traceback."""
     args = parse(argv)
     try:
         return args.run(args)

@@ -21,8 +21,7 @@ OF_SEQUENCE = {"reward": "rewards", "label": "targets", "target": "targets"}
 
 @dataclass(frozen=True)
 class Collator:
-    """`Collator(pad_id)(samples)`: a dict of tensors with input_ids, labels and the columns in
-    `keep`.
+    """`Collator(pad_id)(samples)`: tensors by name, input_ids, labels and the columns in `keep`.
 
     Items are samples, or tuples of them (`unit` of units.py): a pair's chosen half comes first, all
     chosen before all rejected; `unit_ids` [S] then says which item a sequence came from. Sequence

@@ -1,5 +1,4 @@
-"""The base class of every objective: composition by `+`, `-` and `*`, and the flat program that
-kernels run.
+"""The base class of every objective: `+`, `-`, `*`, and the flat program that kernels run.
 
 Objectives are frozen dataclasses; their coefficients add per row. Not here: the rows
 (`objectives.py`, `coupled_table.py`), the public objectives (`token_objectives.py`,
@@ -16,9 +15,7 @@ from pyoffline.program import Program, compile_terms
 
 
 class Objective:
-    """Base of everything that `+`, `-` and `*` compose. `terms(has_mu)` lists the rows it is made
-    of.
-    """
+    """Base of all that `+`, `-` and `*` compose; `terms(has_mu)` lists the rows it is made of."""
 
     def terms(self, has_mu: bool = False) -> tuple[Term, ...]:
         raise NotImplementedError
@@ -33,9 +30,7 @@ class Objective:
         checks.read_lazily(self)
 
     def program(self, has_mu: bool) -> Program:
-        """The flat form, built with the object so that torch.compile sees its floats as a
-        tensor.
-        """
+        """The flat form, built with the object: torch.compile then sees its floats as a tensor."""
         return self._programs[1 if has_mu else 0]  # a bool is no index to Dynamo before 2.12
 
     def __add__(self, other):
@@ -123,8 +118,7 @@ class OneRow(Objective):
 
 
 class CoupledObjective(OneRow):
-    """An objective that needs whole sequences, pairs, groups or the batch before a coefficient is
-    known: one row of the coupled table.
+    """One row of the coupled table: whole sequences, pairs, groups or the batch come first.
 
     Its tokens' losses couple, so `weighted_by` raises; `+`, `-` and `*` work as for any other.
     """

@@ -1,16 +1,17 @@
-"""A run as a YAML file: `load_config` reads it, checks every key and value, and reports all errors
-at once.
+"""A run as a YAML file: `load_config` checks every key and value and reports all errors at once.
 
-    model: path/or/name                  data: {train: samples.jsonl, eval: heldout.jsonl}
+    model: path/or/name
+    data: {train: samples.jsonl, eval: heldout.jsonl}
     objective: {name: ppo_clip, clip_high: 0.28}
     terms: [{name: kl, kind: k3, scale: 0.04}, {name: entropy, scale: -0.001}]
-    advantage: {name: group_normalize}   trainer: {output_dir: runs/ppo, learning_rate: 1e-5}
-    ref_model: path/or/name              teacher_model: path/or/name
+    advantage: {name: group_normalize}
+    ref_model: path/or/name  # for the kl term, where the file has no ref_logps
+    trainer: {output_dir: runs/ppo, learning_rate: 1e-5, eval_strategy: epoch}
 
-`advantage` may be a list: [{name: kl_shaped, beta: 0.05}, {name: gae}, {name: truncate}].
-
-`trainer` takes every field of OfflineConfig (transformers.TrainingArguments). Not here: reading
-YAML (config_file.py), the data file's contents (data.py), building the trainer (trainer.py).
+`teacher_model` goes with a divergence (`objective: {name: distill}`). `advantage` may be a list of
+stages: `[{name: kl_shaped, beta: 0.05}, {name: gae}, {name: truncate}]`. `trainer` takes every
+field of OfflineConfig (transformers.TrainingArguments). Not here: reading YAML (config_file.py),
+the data file's contents (data.py), building the trainer (trainer.py).
 """
 
 import dataclasses
@@ -51,9 +52,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The causal LM: a local folder or a Hub name. `trust_remote_code` runs code from there: off
-    unless asked.
-    """
+    """The causal LM: a local folder or a Hub name, whose own code runs only if asked."""
 
     path: str
     dtype: str = "float32"
@@ -63,9 +62,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The samples: JSONL or Parquet. `too_long` says what happens to a row of more than
-    `max_length` tokens.
-    """
+    """The samples, JSONL or Parquet; `too_long` is what rows of over `max_length` tokens are."""
 
     train: str
     eval: str | None = None
@@ -100,8 +97,9 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML file and `key=value` overrides (`trainer.learning_rate=1e-4`). ConfigError names
-    every mistake.
+    """Read a YAML file and `key=value` overrides (`trainer.learning_rate=1e-4`).
+
+    ConfigError names every mistake.
     """
     path = Path(path)
     try:
@@ -183,9 +181,7 @@ def _check_trainer(config: RunConfig, errors: list[str]) -> None:
 
 
 def _check_fit(config: RunConfig, errors: list[str]) -> None:
-    """What no key shows alone: an advantage or a model that nothing reads, terms that exclude each
-    other.
-    """
+    """What no key shows alone: what nothing reads, terms that exclude each other."""
     from pyoffline.data_advantages import columns_of
     from pyoffline.units import program_of, reads_reference, refuse_mixed_weights, unit_of
 
@@ -256,9 +252,7 @@ def _override(raw: dict, text: str, errors: list[str]) -> None:
 
 
 def _read_fields(kind, values: dict, prefix: str, errors: list[str], skip=()) -> dict:
-    """The values that belong to the fields of a dataclass, converted; unknown, missing and
-    ill-typed ones to `errors`.
-    """
+    """The values of a dataclass's fields, converted; what is wrong with others to `errors`."""
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}
     out = {}
@@ -277,9 +271,7 @@ def _read_fields(kind, values: dict, prefix: str, errors: list[str], skip=()) ->
 
 
 def _convert(value, hint, where: str, errors: list[str]):
-    """`value` as the annotated type. YAML 1.1 reads 1e-5 as text, so text that is a number is taken
-    as one.
-    """
+    """`value` as the annotated type; numbers may be text, since YAML 1.1 reads 1e-5 as text."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
     plain = {typing.get_origin(o) or o for o in options}

@@ -1,5 +1,4 @@
-"""The objective of a configuration: `objective` plus `scale` times each of `terms`, by name,
-checked and built.
+"""The objective of a configuration: `objective` plus `scale` times each of `terms`, by name.
 
     objective: {name: ppo_clip, clip_high: 0.28}
     objective: {name: wpo, objective: {name: dpo, beta: 0.1}}       # an objective inside another

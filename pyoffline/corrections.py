@@ -22,13 +22,16 @@ LEVELS = ("token", "sequence", "sequence-mean")
 def truncate(
     old_logps, behavior_logps, mask, level="token", low=0.0, high=2.0, batch_normalize=False
 ):
-    """`w.clamp(low, high)`: truncated importance sampling.
+    """`w.clamp(low, high)`: truncated importance sampling. (Ionides 2008)
 
-    TIS; verl rollout_is, OpenRLHF and slime tis. level "token": w of the token; "sequence": prod w
-    = exp(sum (old - mu)) on every token of the row; "sequence-mean": its geometric mean exp(mean
-    (old - mu)). Peers' `high`: verl 2.0, TRL 3.0. batch_normalize divides by the mean factor (over
-    valid tokens, or over sequences at a sequence level: verl rollout_is_batch_normalize), local to
-    this call.
+    TIS; verl rollout_is, OpenRLHF and slime tis. What w is, by `level`:
+
+        "token"          exp(old - mu) of the token
+        "sequence"       exp((old - mu).sum(-1)) on every token of the row
+        "sequence-mean"  exp((old - mu).mean(-1)), its geometric mean
+
+    Peers' `high`: verl 2.0, TRL 3.0. batch_normalize divides by the mean factor of this call, over
+    valid tokens, or over sequences at a sequence level (verl rollout_is_batch_normalize).
     """
     _check(level, low, high)
     mask = as_mask(mask)
@@ -41,8 +44,8 @@ def mask(old_logps, behavior_logps, mask, level="token", low=0.0, high=2.0, batc
     """`torch.where((w < low) | (w > high), 0, w)`: masked importance sampling.
 
     MIS, TRL sequence_mask; with low > 0 IcePop. Arguments as in `truncate`. A 0/1 rejection mask is
-    `mask(...) != 0`; OpenRLHF's seq-mask-tis is that at level "sequence-mean" times `truncate(...,
-    level="token")`.
+    `mask(...) != 0`; OpenRLHF's seq-mask-tis is that at level "sequence-mean", times
+    `truncate(..., level="token")`.
     """
     _check(level, low, high)
     valid = as_mask(mask)

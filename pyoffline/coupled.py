@@ -135,20 +135,20 @@ class Coupled:
         return torch.exp(v - self.group_spread(self.group_logsumexp(v)))
 
 
-UNITS = ("sequence", "pair", "group", "batch")
-WEIGHTINGS = ("token", "sequence", "pair", "group", "chosen")
-
-
 @dataclass(frozen=True)
 class CoupledRow:
     """One coupled objective: its number, its function, and what must be whole for it.
 
-    `unit`: what must be whole before a coefficient is known. `weighs`: what the default weights
-    average over; "token" reads `c.weights`, the others `c.omega`, "chosen" (tokens of chosen
-    sequences) their product. `reads`: token inputs (old, mu, ref, adv) and sequence inputs
-    (rewards, group_ids, targets, ref_sums) that must be given;
-    `optional`: read where given; `one_of`: of each tuple exactly one must be given. `pairs`: reads
-    `c.pairs()`. `logp_only`: b and c are None (a frozen head then needs two GEMMs only).
+    Args:
+        unit: what must be whole before a coefficient is known: sequence, pair, group or batch.
+        weighs: what the default weights average over; "token" reads `c.weights`, the others
+            `c.omega`, "chosen" (tokens of chosen sequences) their product.
+        reads: token inputs (old, mu, ref, adv) and sequence inputs (rewards, group_ids, targets,
+            ref_sums) that must be given.
+        optional: read where given.
+        one_of: of each tuple exactly one must be given.
+        pairs: it reads `c.pairs()`.
+        logp_only: b and c are None (a frozen head then needs two GEMMs only).
     """
 
     code: int  # 101 and up: token-local rows have the numbers below

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pyoffline.calls import LinearCall, LinearResult, Needs, RowOutputs, stats_dtype
 from pyoffline.chunk_loop import (
+    Gradients,
     Kernels,
-    _empty_result,
-    _Gradients,
-    _pad,
     check_labels,
+    empty_result,
+    pad_rows,
     power_of_two_scale,
 )
 from pyoffline.coupled_program import Evaluated, evaluate_units, logp_only, metric_names, reads_gap
@@ -28,7 +28,7 @@ from pyoffline.plan import Block, UnitPlan, plan_units
 _HIDDEN_ONLY = Needs(hidden=True)
 
 
-class _RowGradients(_Gradients):
+class _RowGradients(Gradients):
     """Gradients whose rows go where the call has them, under a scale that may shrink on the way.
 
     fp16 only: the scale follows the largest coefficient seen, and what is accumulated follows it.
@@ -85,7 +85,7 @@ class _Loop:
         if x is None:
             return None
         x = x[pick] if isinstance(pick, slice) else x.index_select(0, pick)
-        return _pad(x, self.height) if self.plan.padded else x
+        return pad_rows(x, self.height) if self.plan.padded else x
 
     def pick(self, start: int, stop: int):
         """Where these rows lie in the call."""
@@ -232,7 +232,7 @@ def run_coupled(k: Kernels, call: LinearCall, inputs: CoupledInputs) -> LinearRe
     stats, device = stats_dtype(call.hidden.dtype), call.hidden.device
     if units.count == 0:
         n = call.hidden.shape[0]
-        empty = _empty_result(call, RowOutputs.zeros(n, stats, device))
+        empty = empty_result(call, RowOutputs.zeros(n, stats, device))
         none = torch.zeros(len(metric_names(inputs.codes)), dtype=torch.float64, device=device)
         return replace(empty, metrics=none)
     index = None if units.layout.natural else units.layout.order

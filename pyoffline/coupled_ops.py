@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyoffline import ops
-from pyoffline.autograd import _restore, apply_upstream, once
+from pyoffline.autograd import apply_upstream, once, restore
 from pyoffline.backends import load
 from pyoffline.calls import LinearCall, LogitsCall, RowOutputs
 from pyoffline.coupled_loop import mean_metrics, run_coupled
@@ -47,7 +47,7 @@ def _nothing(units: Units, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flat(result, metrics: Tensor) -> tuple[Tensor, ...]:
-    loss, _, *rest = ops._flat(result, 0)
+    loss, _, *rest = ops.flat_result(result)
     return (loss, *rest[:5], metrics, *rest[5:])
 
 
@@ -93,11 +93,9 @@ def linear_coupled(
     backend: str,
     plan: Ints,
 ) -> Twelve:
-    """loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], dhidden, dweight, dbias and the
-    adapter's two.
-    """
+    """(loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], five gradients as `Needs`)."""
     vectors = (weights, old, mu, ref, adv, temperature)
-    rows = ops._rows(labels, vectors, extras, gates, (bias, None), (), None, head, ignore_index)
+    rows = ops.op_rows(labels, vectors, extras, gates, (bias, None), (), None, head, ignore_index)
     wanted, settings, kind = ops.needs_record(needs), settings_of(plan), DTYPES[logits_dtype]
     adapter = (adapter_hidden, adapter_weight)
     call = LinearCall(hidden, weight, rows, wanted, settings, kind, *adapter)
@@ -114,14 +112,14 @@ def linear_coupled(
 
 
 def _fake_rows(x: Tensor, codes) -> tuple[Tensor, ...]:
-    loss, _, *stats = ops._fake_rows(x)
+    loss, _, *stats = ops.fake_rows(x)
     return (loss, *stats, x.new_empty(len(metric_names(codes)), dtype=torch.float64))
 
 
 @linear_coupled.register_fake
 def _(hidden, weight, bias, adapter_hidden, adapter_weight, *rest):
     codes, needs = rest[16], rest[20]
-    grads = ops._fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs)
+    grads = ops.fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs)
     return (*_fake_rows(hidden, codes), *grads)
 
 
@@ -149,13 +147,13 @@ def logits_coupled(
     needs_grad: bool,
     backend: str,
 ) -> Nine:
-    """loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], dlogits, unscale.
+    """(loss, logps, entropy, lse, log_sum_p2, is_top1, metrics [M], dlogits, unscale).
 
     Two reads of the logits (statistics, then the gradient) and one write.
     """
     vectors = (weights, old, mu, ref, adv, temperature)
     plain = (ops._PLAIN_HEAD, ignore_index)
-    rows = ops._rows(labels, vectors, extras, gates, (None, None), (), None, *plain)
+    rows = ops.op_rows(labels, vectors, extras, gates, (None, None), (), None, *plain)
     sequences = (rewards, group_ids, targets, ref_sums, omega)
     units = Units(rows, _inputs(sequence_ids, sequences, codes, hyper))
     served = load(backend, logits)
@@ -202,7 +200,7 @@ def _formed(ctx, op, args):
 
 def _linear_backward(ctx, g_loss, *_):
     grads = [None] * _LINEAR_ARGS
-    args = _restore(ctx)
+    args = restore(ctx)
     grads[12] = [None] * len(args[12])
     if g_loss is None:
         return tuple(grads)
@@ -220,7 +218,7 @@ linear_coupled.register_autograd(_linear_backward, setup_context=_setup)
 
 def _logits_backward(ctx, g_loss, *_):
     grads = [None] * _LOGITS_ARGS
-    args = _restore(ctx)
+    args = restore(ctx)
     grads[8] = [None] * len(args[8])
     if g_loss is None:
         return tuple(grads)

@@ -38,9 +38,7 @@ def metric_names(codes) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """`loss` 0-d; `coefs` [4, n] a, b, c, e with the weights in; `metrics` [2, M] sums and
-    counts; all fp64.
-    """
+    """fp64: `loss` 0-d, `coefs` [4, n] with the weights in, `metrics` [2, M] sums and counts."""
 
     loss: Tensor
     coefs: Tensor

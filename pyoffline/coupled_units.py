@@ -130,9 +130,7 @@ _KINDS = ("sequence", "pair", "group")
 
 
 class Units:
-    """The vectors of a coupled call in the order of its units, fp64, and the weights of every
-    kind.
-    """
+    """The vectors of a coupled call in the order of its units, fp64, and all kinds' weights."""
 
     def __init__(self, rows: Rows, inputs: CoupledInputs):
         self.inputs = inputs
@@ -184,9 +182,7 @@ class Units:
         return torch.where(chosen, factor, 0.0).double()
 
     def coupled(self, rows: slice, sequences: slice, stats: RowOutputs) -> Coupled:
-        """The record of whole units: these rows and sequences, with their statistics (all of these
-        rows).
-        """
+        """The record of whole units: these rows, these sequences, the statistics of these rows."""
         at = self.layout
         group = None if at.group is None else at.group[sequences]
         if group is not None:

@@ -104,12 +104,13 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy(softcap * tanh(input / softcap), target, ...) + z_loss * mean(lse**2)`, in
-    fp32. Both means divide by the same sum: of the class weights of the targets that count.
+    """`F.cross_entropy(softcap * tanh(input / softcap), target, ...) + z_loss * mean(lse**2)`.
 
-    Never writes `input`. Allocates its gradient, formed in the forward (recomputed for
-    reduction="none"). All targets ignored: 0 (torch gives NaN). Class probabilities as targets
-    raise NotImplementedError.
+    The loss is fp32 (fp64 for fp64). Both means divide by the same sum: of the class weights of the
+    targets that count. Never writes `input`. Allocates its gradient, formed in the forward
+    (recomputed for reduction="none"); with a softcap autograd keeps the capped logits too. All
+    targets ignored: 0 (torch gives NaN). Class probabilities as targets raise NotImplementedError,
+    a target outside [0, C) IndexError, wrong shapes ValueError. (z_loss: PaLM, 2204.02311, sec. 5)
     """
     checks.floating("input", input)
     if input.dim() == 0:
@@ -153,12 +154,13 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)` without the [N,
-    C] logits, in fp32.
+    """`F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)` in chunks.
 
-    Three GEMMs and one chunk of logits for "mean" and "sum"; "none" recomputes in the backward
+    No [N, C] logits exist. The loss is fp32 (fp64 for fp64); softcap and z_loss as in
+    `cross_entropy`. Three GEMMs and one chunk of logits for "mean" and "sum" (and an fp32 [C, D]
+    accumulator where a trained weight takes several chunks); "none" recomputes in the backward
     (four GEMMs). All targets ignored: 0. `options` (torch's chunking) must be None: chunks are
-    planned by `po.memory_budget`.
+    planned by `po.memory_budget`. Errors as `cross_entropy`.
     """
     if options is not None:
         raise ValueError(

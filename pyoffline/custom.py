@@ -25,9 +25,7 @@ _SIGNS = {"entropy": -1.0, "adv": _MIXED, "lse": _MIXED}
 
 
 class TokenView:
-    """What a custom objective sees: `t.logp, t.entropy, t.lse, t.old, t.mu, t.ref, t.adv,
-    t.extra[...], t.params`.
-    """
+    """What a custom objective sees: the row inputs, `t.extra[...]` and `t.params` of `custom`."""
 
     def __init__(self, values: Mapping[str, Tensor], extra: Mapping[str, Tensor], params: "Params"):
         self.__dict__.update(values)
@@ -83,9 +81,7 @@ def _sample(n: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Traced:
-    """Traced graphs (one per dtype) and what they read; `number` is the place in this process's
-    registry.
-    """
+    """Traced graphs, one per dtype, and what they read; `number`: its place in CUSTOM_TERMS."""
 
     name: str
     graphs: dict[torch.dtype, Callable]
@@ -202,17 +198,18 @@ def _check_closed_form(closed_form, traced, name, view, args) -> None:
 def custom(
     fn: Callable, *, closed_form: Callable | None = None, **params: float
 ) -> CustomObjective:
-    """Make an objective of `fn(t) -> loss [C]`, written in plain torch ops on the row scalars of a
-    token.
+    """Make an objective of `fn(t) -> loss [C]`, in plain torch ops on the row scalars of a token.
 
-    `t.logp, t.entropy, t.lse, t.old, t.mu, t.ref, t.adv, t.extra["name"]` are [C] vectors;
-    `params` are floats reached as `t.params.alpha` (0-d tensors at run time). Use `.detach()` for
-    stop-gradient. Equivalent PyTorch: `loss = (weights * fn(t)).sum()` with autograd through logp,
-    entropy and lse.
+    `t.logp, t.entropy, t.lse, t.old, t.mu, t.ref, t.adv, t.extra["name"]` are [C] vectors (nats;
+    fp32, fp64 for fp64); `params` are floats reached as `t.params.alpha` (0-d tensors at run time).
+    Use `.detach()` for stop-gradient. Equivalent PyTorch: `loss = (weights * fn(t)).sum()` with
+    autograd through logp, entropy and lse. Memory: vectors of one chunk's rows.
 
     Args:
+        fn: the loss; traced once here, so its name is its name in errors.
         closed_form: optional `(t) -> (loss, dL/dlogp, dL/dentropy, dL/dlse)`, checked against
-        autograd and then used.
+            autograd and then used.
+        params: names and defaults of the hyper-parameters, at most six.
 
     Raises:
         ValueError: the function mixes tokens, returns another shape, or the closed form differs.
@@ -261,12 +258,15 @@ def custom(
 
 
 def register_objective(fn: Callable | None = None, *, closed_form=None, **params: float):
-    """Decorator: `custom` under the function's own name, so that configuration files can name it
-    too.
+    """Decorator: `custom`, and configuration files can then name it by the function's name.
 
-    >>> @register_objective(alpha=0.5)
-    ... def my_power(t):
-    ...     return -t.adv * torch.exp(t.params.alpha * (t.logp - t.mu))
+        @po.register_objective(alpha=0.5)
+        def my_power(t):
+            return -t.adv * torch.exp(t.params.alpha * (t.logp - t.mu))
+
+        out = po.linear_policy_loss(hidden, head, tokens, my_power(alpha=0.3))
+
+    Arguments and errors as `custom`; ValueError for a name that is taken.
     """
     if fn is None:
         return lambda f: register_objective(f, closed_form=closed_form, **params)
@@ -278,8 +278,10 @@ def register_objective(fn: Callable | None = None, *, closed_form=None, **params
 
 
 def ShapedIS(f: Callable[[Tensor], Tensor]) -> CustomObjective:  # noqa: N802  an objective's name
-    """`-sg(f(w)) A l`, coef -f(w) A, for any elementwise shape f of the importance weight w =
-    exp(l-mu).
+    """`-f(w).detach() * A * l`, coef -f(w) A, for any elementwise f of w = exp(l-mu).
+
+    `ShapedIS(lambda w: w.clamp(0, 1))` is `TruncatedIS()`; f = identity has the gradient of
+    `ImportanceSampling`.
     """
 
     def shaped_is(t):

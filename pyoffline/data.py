@@ -1,5 +1,4 @@
-"""Offline samples: a JSONL or Parquet file in, tokenised and checked samples out, before the first
-step.
+"""Offline samples: a file in, tokenised and checked samples out, before the first step.
 
 A row has `prompt` and `completion`, or `messages` (the last one is the completion), or `text`; or,
 for a preference objective, `prompt`, `chosen` and `rejected`; and what the objective reads:
@@ -172,8 +171,7 @@ def load_samples(
     advantage: dict | list | None = None,
     progress: Callable = iter,
 ) -> SampleSet:
-    """Read, check and tokenise a file, and compute advantages. DataError lists every problem of the
-    whole file.
+    """Read, check and tokenise a file, compute advantages. DataError lists all that is wrong.
 
     `progress` wraps the iterable of rows (a progress bar). With `settings.skip_bad` bad rows are
     left out and counted.
@@ -231,9 +229,7 @@ def _packed(row: dict, names: set[str]) -> dict:
 
 
 def _uneven(samples: list[Sample], needs: Needs) -> list[tuple[int, str, str]]:
-    """Rows that lack an optional column which others have, or give a sum where others give a
-    list.
-    """
+    """Rows without an optional column that others have, or with a sum where others have a list."""
     found = []
     for name in sorted(needs.optional):
         lacking = [s.line for s in samples if name not in s.columns]
@@ -251,9 +247,7 @@ def _uneven(samples: list[Sample], needs: Needs) -> list[tuple[int, str, str]]:
 
 
 def _finish_rows(pending, tokenizer, settings, names, samples, problems) -> int:
-    """Tokenise checked rows, check lengths; appends to `samples` and `problems`, returns how many
-    were truncated.
-    """
+    """Tokenise checked rows and append to `samples` and `problems`; returns how many were cut."""
     if not pending:
         return 0
     truncated = 0
@@ -293,9 +287,7 @@ def _eos(tokenizer, settings) -> list[int]:
 
 
 def _rendered(pending, tokenizer, problems) -> tuple[list, list]:
-    """The rows that have texts, and these; a conversation that the chat template refuses is a
-    problem of its row.
-    """
+    """(rows, their texts); what the chat template refuses is a problem of its row."""
     from jinja2 import TemplateError
 
     rows, texts = [], []
@@ -313,9 +305,7 @@ def _rendered(pending, tokenizer, problems) -> tuple[list, list]:
 
 
 def _texts(row: dict, tokenizer) -> tuple[str, str, bool]:
-    """Prompt text, completion text, and whether the tokenizer adds its special tokens to the
-    prompt.
-    """
+    """(prompt, completion, whether the tokenizer adds its special tokens to the prompt)."""
     if row.get("text") is not None:
         return row["text"], "", True
     if row.get("messages") is not None:
@@ -343,9 +333,7 @@ def _truncate(sample: Sample, length: int) -> None:
 
 
 def dense_groups(samples: list[Sample]) -> list[int]:
-    """Integers for the values of the column `group`, in order of appearance; a row without one is
-    its own group.
-    """
+    """Integers for the values of `group`, in order of appearance; without one a row is its own."""
     seen: dict = {}
     keys = (s.columns.get("group", ("line", s.line)) for s in samples)
     return [seen.setdefault(key, len(seen)) for key in keys]

@@ -1,5 +1,4 @@
-"""Advantages of a whole file, by name: the columns of its samples through `pyoffline.advantages`
-and `pyoffline.corrections`.
+"""Advantages of a whole file, by name of `pyoffline.advantages` and `pyoffline.corrections`.
 
 A specification is one stage or a list of them. A stage takes what the stage before it made as its
 `rewards` (the first takes the column `reward`); a correction multiplies it. Not here: the formulas,
@@ -117,8 +116,9 @@ def _arguments(stage: dict) -> list[str]:
 
 
 def add_advantages(samples: list, spec: dict | list) -> None:
-    """The column `advantages` of every sample: a float, or a list with one entry a completion
-    token. ValueError: the columns do not fit a stage.
+    """The column `advantages` of every sample: a float, or one entry a completion token.
+
+    ValueError: the columns do not fit a stage.
     """
     made = None
     for stage in stages(spec):

@@ -2,8 +2,8 @@
 
 The flag of a device is two int64 in pinned host memory, which the kernel writes and the host reads
 without waiting: (set, value * 2^32 + row). The second is written in one piece and is never 0 when
-set, so the host asks it alone. The next call on that device that comes after the
-kernel has run raises, or `check()`, which waits for it. Not here: who launches.
+set, so the host asks it alone. The next call on that device that comes after the kernel has run
+raises, or `check()`, which waits for it. Not here: who launches.
 """
 
 import torch
@@ -34,9 +34,7 @@ def raise_pending(device: torch.device) -> None:
 
 
 def check() -> None:
-    """Wait for every device that has run our kernels and raise what they reported (IndexError: a
-    label outside [0, V)).
-    """
+    """Wait for every device that ran our kernels; IndexError if one met a label outside [0, V)."""
     for device in list(_flags):
         if device.type == "cuda":
             torch.cuda.synchronize(device)

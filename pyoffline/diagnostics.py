@@ -122,13 +122,19 @@ def is_variance(log_ratio, values, mask):
 def ratio_metrics(logps, old_logps, mask, advantages=None, clip_low=0.2, clip_high=0.2):
     """`{name: 0-d tensor}` about w = exp(logps - old_logps), tokens written by old_logps' policy.
 
-    kl, k2_kl, k3_kl: KL(old || new) by k1, k2, k3; chi2_token: mean(w^2) - 1;
-    log_ratio_{min,mean,max}; rollout_is_{min, mean,max,std}; rollout_is_eff_sample_size:
-    1/mean((w/mean w)^2); is_masked{,_low,_high}: fraction outside [1 - clip_low, 1 + clip_high],
-    what `corrections.mask` would drop; non_finite: count of log-ratios; num_tokens. With
-    `advantages`: clip_ratio/{low_mean,high_mean,region_mean}. Names: verl, prime-rl, TRL. For PPO's
-    clip pass the old policy; for sampler mismatch pass old_logps and behavior_logps. Log-ratios
-    come first: nothing is clamped.
+        kl, k2_kl, k3_kl                KL(old || new) by k1, k2, k3
+        chi2_token                      mean(w^2) - 1
+        log_ratio_{min,mean,max}        of log w
+        rollout_is_{min,mean,max,std}   of w
+        rollout_is_eff_sample_size      1 / mean((w / mean w)^2)
+        is_masked, is_masked_{low,high} fraction outside [1 - clip_low, 1 + clip_high], what
+                                        `corrections.mask` drops with these bounds
+        non_finite                      number of log-ratios that are not finite
+        num_tokens                      number of valid tokens
+        clip_ratio/{low,high,region}_mean  with `advantages`: `clip_fractions` where the clip acts
+
+    Names: verl, prime-rl, TRL. For PPO's clip pass the old policy; for sampler mismatch pass
+    old_logps and behavior_logps. Log-ratios come first: nothing is clamped.
     """
     d, valid, n, dtype = _difference(logps, old_logps, mask)
     w = torch.exp(d)

@@ -1,10 +1,8 @@
-"""Distillation from a teacher's whole distribution: `linear_distill_loss`, and the cosine distance
-of hidden states.
+"""Distillation from a teacher's whole distribution, and the cosine distance of hidden states.
 
 Student and teacher go through the same chunks: per chunk two logits GEMMs, one row pass over both
 rows, and the student's gradient GEMMs; no [N, V] tensor of either exists. The maths is in
-`divergence_math.py`. Not here: sampled-token distillation (`DistillToken`, a token-local
-objective).
+`divergence_math.py`. Not here: sampled-token distillation (the objective `DistillToken`).
 """
 
 import torch
@@ -32,21 +30,27 @@ def linear_distill_loss(
     tokens: TokenBatch,
     divergence: Divergence,
 ) -> LossOutput:
-    """`(weights * divergence(log_softmax(head(hidden)), teacher's log-probs)).sum()`, loss and
-    gradient in one pass over chunks of both.
+    """`(weights * divergence(student's log-probs, teacher's)).sum()` and its gradient, in chunks.
 
     Equivalent PyTorch for `po.ForwardKL()` and `po.TeacherHead(teacher_hidden, teacher_head)`:
-    `s = head(hidden).float().log_softmax(-1)`
-    `t = teacher_head(teacher_hidden).float().log_softmax(-1)`
-    `loss = (weights * (t.exp() * (t - s)).sum(-1))[labels != ignore_index].sum()`
+
+        s = head(hidden).float().log_softmax(-1)
+        t = teacher_head(teacher_hidden).float().log_softmax(-1)
+        loss = (weights * (t.exp() * (t - s)).sum(-1))[labels != ignore_index].sum()
 
     Shapes: hidden [..., D], teacher hidden [..., D'], the tensors of `tokens` [...]. Per row with
     student S and teacher T, every divergence has `dz_v = S_v (g_v - sum_u S_u g_u)`, g = dD/dS:
-    ForwardKL `S - T`, ReverseKL `S (log S - log T - KL)`, JSD(beta)
-    `(1-beta) S (log(S/M) - KL(S||M))`, TVD g = sign(S - T)/2, RenyiDivergence `S - q`,
-    AlphaDivergence `(S sum q - q)/alpha` (q = T^alpha S^(1-alpha), normalised for Renyi). An entry
-    masked on either side (logit -inf) takes part as probability 0; a divergence that is infinite
-    there is +inf, visibly. `divergence` composes with objectives: `po.JSD(0.5) + 0.5 * po.NLL()`.
+
+        ForwardKL        S - T
+        ReverseKL        S (log S - log T - KL)
+        JSD(beta)        (1-beta) S (log(S/M) - KL(S||M)), M = (1-beta) S + beta T
+        TVD              g = sign(S - T)/2
+        RenyiDivergence  S - q / sum q, q = T^alpha S^(1-alpha)
+        AlphaDivergence  (S sum q - q)/alpha, the same q
+
+    An entry masked on either side (logit -inf) takes part as probability 0; a divergence that is
+    infinite there is +inf, visibly. `divergence` composes with token-local objectives:
+    `po.JSD(0.5) + 0.5 * po.NLL()`.
 
     Temperature, softcap, scale and bias are each head's own (`tokens.temperature` replaces the
     student's); no factor T^2 is applied. Weights default to 1/number of labels that are not
@@ -59,9 +63,10 @@ def linear_distill_loss(
     of `linear_policy_loss`.
 
     Raises:
-        IndexError: a label or a top-k id outside [0, V). ValueError: a shape, device or vocabulary
-        that does not fit, a top-k that is no distribution, a tensor that nothing reads. TypeError:
-        a dtype or object of the wrong kind.
+        IndexError: a label or a top-k id outside [0, V).
+        ValueError: a shape, device or vocabulary that does not fit, a top-k that is no
+            distribution, a tensor that nothing reads.
+        TypeError: a dtype or object of the wrong kind.
 
     Sources: Hinton et al. 1503.02531; GKD 2306.13649 (JSD); MiniLLM 2306.08543 (reverse KL).
     """
@@ -150,12 +155,12 @@ def cosine_distill_loss(
     teacher_hidden: Tensor,  # [..., D]
     weights: Tensor | None = None,  # [...]; default 1 / number of positions
 ) -> Tensor:
-    """`(weights * (1 - cosine_similarity(hidden, teacher_hidden, dim=-1))).sum()` on hidden states
-    of one width, no logits: a 0-d loss in fp32 (fp64 for fp64), differentiable in `hidden`.
+    """`(weights * (1 - F.cosine_similarity(hidden, teacher_hidden, dim=-1))).sum()`, no logits.
 
-    A position of weight 0 contributes exactly 0 whatever it holds; norms below 1e-8 count as 1e-8.
-    Raises ValueError for shapes that differ: a teacher of another width needs a projection of your
-    own.
+    A 0-d loss in fp32 (fp64 for fp64), differentiable in `hidden`, on hidden states of one width
+    (DistilBERT, 1910.01108). A position of weight 0 contributes exactly 0 whatever it
+    holds; norms below 1e-8 count as 1e-8. Allocates a few fp32 copies of hidden. Raises ValueError
+    for shapes that differ: project a teacher of another width first.
     """
     checks.floating("hidden", hidden)
     checks.floating("teacher_hidden", teacher_hidden)

@@ -97,9 +97,7 @@ PairPass = Callable[..., Tensor | None]
 
 
 class PairKernels(NoShortcuts):
-    """A backend's kernels with the row pass over two rows in place of its own: a divergence needs
-    the logits.
-    """
+    """A backend's kernels with the row pass over two rows in place of its own."""
 
     def __init__(self, base: Kernels, call: DistillCall, pair_pass: PairPass):
         self.base, self.call, self.pair_pass = base, call, pair_pass

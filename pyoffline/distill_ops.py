@@ -75,7 +75,7 @@ def linear_distill(
     """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, divergences [M, N], teacher_entropy,
     top1_agreement, dhidden, dweight, dbias and the adapter's two.
     """
-    rows = ops._rows(
+    rows = ops.op_rows(
         labels,
         (weights, old, mu, ref, adv, temperature),
         extras,
@@ -104,7 +104,7 @@ def linear_distill(
     teacher = _teacher(tensors, teacher_head, teacher_dtype)
     call = DistillCall(linear, teacher, _uses(divergences, divergence_hyper))
     result, more = load(backend, hidden, DISTILL).distill(call)
-    flat = ops._flat(result, hidden.shape[0])
+    flat = ops.flat_result(result)
     return (*flat[:7], more.values, more.teacher_entropy, more.top1_agreement, *flat[7:])
 
 
@@ -117,8 +117,8 @@ def _(hidden, weight, bias, adapter_hidden, adapter_weight, *rest):
         hidden.new_empty(n, dtype=torch.bool),
     )
     needs = rest[NEEDS - 5]
-    grads = ops._fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs)
-    return (*ops._fake_rows(hidden), *more, *grads)
+    grads = ops.fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs)
+    return (*ops.fake_rows(hidden), *more, *grads)
 
 
 def _setup(ctx, inputs, output):
@@ -132,7 +132,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, g_loss, *_):
     grads = [None] * ARGUMENTS
-    args = autograd._restore(ctx)
+    args = autograd.restore(ctx)
     grads[EXTRAS] = [None] * len(args[EXTRAS])
     if g_loss is None:
         return tuple(grads)

@@ -76,9 +76,7 @@ def _log_power(log_s: Tensor, log_t: Tensor, alpha: float) -> tuple[Tensor, Tens
 
 
 def renyi_divergence(log_s: Tensor, log_t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """D_alpha(T||S) = log(sum T^alpha S^(1-alpha)) / (alpha-1); dz = S - q, q that sum's terms
-    over their sum.
-    """
+    """log(sum T^alpha S^(1-alpha)) / (alpha-1); dz = S - q, q that sum's terms over their sum."""
     w, beyond = _log_power(log_s, log_t, alpha)
     log_sum, excess = w.logsumexp(-1), beyond.sum(-1)
     log_sum_near = torch.where(excess.abs() < 0.5, excess, 0.0).log1p()

@@ -1,5 +1,4 @@
-"""The public divergences of `linear_distill_loss`, and how they compose with each other and with
-token-local objectives.
+"""The public divergences of `linear_distill_loss`, and how they compose, with objectives too.
 
 `ForwardKL() + 0.1 * ReverseKL() + 0.5 * NLL()` is one loss: the divergences compare the whole row
 with the teacher's, the objectives read the label. Not here: the maths (`divergence_math.py`), the
@@ -70,9 +69,7 @@ class Divergence:
         checks.read_lazily(self)
 
     def program(self, has_mu: bool) -> DistillProgram:
-        """The flat form, built with the object so that torch.compile sees its floats as a
-        tensor.
-        """
+        """The flat form, built with the object: torch.compile then sees its floats as a tensor."""
         return self._programs[1 if has_mu else 0]  # a bool is no index to Dynamo before 2.12
 
     def __add__(self, other):
@@ -150,25 +147,27 @@ def _compile(terms, objective: Objective | None, has_mu: bool) -> DistillProgram
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """`KL(T||S) = sum T (log T - log S)`, dz = S - T; +inf where the teacher allows an entry that
-    the student masks.
+    """`KL(T||S) = (T * (T.log() - S.log())).sum(-1)`, dz = S - T (Hinton et al. 1503.02531).
+
+    +inf where the teacher allows an entry that the student masks.
     """
 
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """`KL(S||T) = sum S (log S - log T)`, dz = S (log S - log T - KL); +inf where the student
-    allows an entry that the teacher masks.
+    """`KL(S||T) = (S * (S.log() - T.log())).sum(-1)`, dz = S (log S - log T - KL).
+
+    +inf where the student allows an entry that the teacher masks. (MiniLLM, 2306.08543)
     """
 
 
 @dataclass(frozen=True)
 class JSD(Divergence):
-    """`beta KL(T||M) + (1-beta) KL(S||M)`, M = (1-beta) S + beta T: the generalised
-    Jensen-Shannon divergence of GKD (2306.13649, equation 1) as TRL computes it.
+    """`beta KL(T||M) + (1-beta) KL(S||M)`, M = (1-beta) S + beta T, as TRL computes it.
 
-    JSD(0) is ForwardKL and JSD(1) ReverseKL by definition; the limits of JSD are 0 there (JSD/beta
-    tends to KL(T||S), JSD/(1-beta) to KL(S||T)).
+    The generalised Jensen-Shannon divergence of GKD (2306.13649, eq. 1). JSD(0) is ForwardKL and
+    JSD(1) ReverseKL by definition; the limits of JSD are 0 there (JSD/beta tends to KL(T||S),
+    JSD/(1-beta) to KL(S||T)).
     """
 
     beta: float = 0.5
@@ -179,14 +178,19 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class TVD(Divergence):
-    """`1/2 sum |S - T|`, g = 1/2 sign(S - T). Kinks at S_v = T_v: the subgradient there is 0, and
-    where the two are equal to rounding either side may be taken.
+    """`0.5 * (S - T).abs().sum(-1)`, g = 1/2 sign(S - T). (f-distill, 2307.15190)
+
+    Kinks at S_v = T_v: the subgradient there is 0, and where the two are equal to rounding either
+    side may be taken.
     """
 
 
 @dataclass(frozen=True)
 class RenyiDivergence(Divergence):
-    """`D_alpha(T||S) = log(sum T^alpha S^(1-alpha)) / (alpha-1)`, alpha > 0; 1 is ForwardKL."""
+    """`D_alpha(T||S) = (T**alpha * S**(1-alpha)).sum(-1).log() / (alpha-1)`, alpha > 0.
+
+    dz = S - q / sum q, q = T^alpha S^(1-alpha); alpha = 1 is ForwardKL. (Renyi 1961; 1206.2459)
+    """
 
     alpha: float
 
@@ -196,8 +200,10 @@ class RenyiDivergence(Divergence):
 
 @dataclass(frozen=True)
 class AlphaDivergence(Divergence):
-    """`(sum T^alpha S^(1-alpha) - 1) / (alpha (alpha-1))` (Amari); 1 is ForwardKL, 0 ReverseKL,
-    1/2 four times the squared Hellinger distance.
+    """`((T**alpha * S**(1-alpha)).sum(-1) - 1) / (alpha * (alpha-1))`. (Amari 1985)
+
+    alpha = 1 is ForwardKL, 0 ReverseKL, 1/2 four times the squared Hellinger distance
+    1 - sum sqrt(S T). dz = (S sum q - q)/alpha, q = T^alpha S^(1-alpha).
     """
 
     alpha: float

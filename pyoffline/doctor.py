@@ -1,5 +1,4 @@
-"""`pyoffline doctor`: versions, devices, the table of backends, and one known answer. Takes a
-second or two.
+"""`pyoffline doctor`: versions, devices, the table of backends, one known answer; seconds.
 
 Not here: benchmarks.
 """
@@ -80,9 +79,7 @@ def _places() -> list[tuple[str, str]]:
 
 
 def known_answer(device: str = "cpu", backend: str = "auto") -> tuple[float, float]:
-    """Errors of loss and dhidden of a small fp32 PPO-clip against the formula in fp64 plain
-    PyTorch.
-    """
+    """Errors of loss and dhidden of a small fp32 PPO-clip against fp64 plain PyTorch."""
     import torch
 
     from pyoffline.backends import use_backend

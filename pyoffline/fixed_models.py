@@ -93,9 +93,7 @@ class FixedModels:
         return None if self.ref is None or given else _head(self.ref, batch)
 
     def distribution(self, batch: dict[str, Tensor], shift) -> TeacherHead | TeacherTopK:
-        """The teacher of a batch: the model, or the columns of its cached top-k, shifted as labels
-        are.
-        """
+        """The teacher of a batch: the model, or its cached top-k columns, shifted as labels are."""
         if self.teacher is not None:
             return _head(self.teacher, batch)
         missing = [name for name in teacher_columns.COLUMNS if name not in batch]

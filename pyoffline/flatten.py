@@ -1,5 +1,4 @@
-"""From the public records to the flat tensors of the ops: checks, broadcasts, casts, default
-weights.
+"""From the public records to the ops' flat tensors: checks, broadcasts, default weights.
 
 The only place where the shapes of the public API are interpreted. A tensor that nothing reads is
 an error that names it. Not here: any loss.
@@ -75,8 +74,9 @@ def _autocast(device: str, *tensors):
 
 
 def _adapter(head: HeadTensors, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """LoRA as a second pair of GEMM operands: u = scale * dropout(x) A^T [N, r] and B [V, r]; W +
-    sBA is never formed.
+    """LoRA as a second pair of GEMM operands; W + sBA is never formed.
+
+    u = scale * dropout(x) A^T [N, r] and B [V, r], the adapters side by side in r.
     """
     if not head.adapters:
         return None, None
@@ -236,9 +236,7 @@ def _check_count(n_valid, made: FlatTokens) -> None:
 
 
 def objective_program(objective, tokens: TokenBatch) -> Program:
-    """The flat program of an objective for this batch; TypeError and ValueError name what is
-    wrong.
-    """
+    """The flat program of an objective for this batch. TypeError, ValueError: they do not fit."""
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective: expected an objective such as po.PPOClip(), got {type(objective).__name__}"

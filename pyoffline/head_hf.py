@@ -147,8 +147,7 @@ def read_source(source: Source) -> LinearParts:
 
 
 def read_linear(module: nn.Module, check_values: bool = True) -> LinearParts:
-    """Reads nn.Linear, peft's LoRA Linear, or modules_to_save around one; any other class raises
-    TypeError.
+    """nn.Linear, peft's LoRA Linear, or modules_to_save around one; TypeError for another class.
 
     `check_values=False` accepts parameters whose values are elsewhere now (sharded, partitioned,
     meta).

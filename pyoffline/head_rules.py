@@ -1,5 +1,4 @@
-"""THE TABLE of what each Hugging Face forward does between its head and its logits: scale, softcap,
-cut, or nothing.
+"""THE TABLE of what Hugging Face forwards do between head and logits: scale, softcap, cut.
 
 Read from the forward of each class in transformers 5.23; tests/test_head.py reads the installed one
 again. A config attribute that looks like such a thing and is not in the table raises. Nothing is
@@ -18,9 +17,7 @@ class OutputRule(NamedTuple):
     """One thing that a forward does between its head and its logits."""
 
     op: str  # a key of OPS
-    attribute: (
-        str  # of the text config, or of the config; of "refuse": what the forward does, in words
-    )
+    attribute: str  # of the text config, or of the config; "refuse": what the forward does in words
 
 
 class ReadRule(NamedTuple):

@@ -116,8 +116,9 @@ def divergence(name: str, alpha: float | None = None) -> Divergence:
         forward_kl  f = u log u                                  f' = 1 + log u       FAIRL
         alpha       f = (u^(1-a) - (1-a) u - a)/(a (a-1))        f' = (1 - u^-a)/a    alpha-IRL
 
-    `alpha` in any order; its limits are KLs up to the term u - 1, whose mean is 0: a = 1 reverse, a
-    = 0 forward. Raises ValueError for an unknown name, or an `alpha` that is missing or not read.
+    `alpha` is any finite number a; its limits are KLs up to the term u - 1, whose mean is 0: a = 1
+    reverse, a = 0 forward. Raises ValueError for an unknown name, or an `alpha` that is missing or
+    not read.
     """
     fixed = {"reverse_kl": REVERSE_KL, "js": JS, "forward_kl": FORWARD_KL}
     if name == "alpha":

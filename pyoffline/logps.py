@@ -23,12 +23,12 @@ def linear_token_logps(
     temperature: Tensor | None = None,  # [...] per token, replaces the head's
     ignore_index: int = -100,
 ) -> TokenStats:
-    """`log_softmax(head(hidden).float(), -1).gather(-1, labels[..., None])[..., 0]` and the row's
-    other statistics.
+    """`head(hidden).float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]`, and more.
 
-    Returns TokenStats(logps, entropy, lse, log_sum_p2, is_top1), fp32, of the labels' shape, 0
-    where `labels == ignore_index`; logps, entropy and lse are differentiable in hidden and the
-    head. Memory: one chunk of logits; the backward recomputes them (four GEMMs in all). Errors as
+    Returns TokenStats(logps, entropy, lse, log_sum_p2, is_top1), fp32 (fp64 for fp64), of the
+    labels' shape, 0 where `labels == ignore_index`; logps, entropy and lse are differentiable in
+    hidden and the head. Memory: one chunk of logits; the backward recomputes them (four GEMMs in
+    all), with an fp32 [V, D] accumulator where a trainable head takes several chunks. Errors as
     `linear_policy_loss`.
     """
     if not isinstance(head, Head):
@@ -69,8 +69,9 @@ def token_logps(
     temperature: Tensor | float | None = None,  # [...] per token, or one float
     ignore_index: int = -100,
 ) -> TokenStats:
-    """`linear_token_logps` on logits [..., V]; never writes them, and saves nothing else of their
-    size.
+    """`linear_token_logps` on logits [..., V], `(logits / temperature).float().log_softmax(-1)`.
+
+    Never writes them, and saves nothing else of their size; the backward allocates the gradient.
     """
     checks.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:

@@ -1,5 +1,4 @@
-"""Metrics of one loss call under the names that people already plot, from raw ratios, on device,
-with no host sync.
+"""Metrics of one loss call by the names that people plot: raw ratios, on device, no host sync.
 
 Everything is a mean (or min, max, count) over the positions that count. Not here: sequence-level
 diagnostics (`diagnostics.py`).
@@ -28,8 +27,9 @@ def _range(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clipped(program, ratio: Tensor, flat, count: Tensor) -> dict[str, Tensor]:
-    """Fractions of the tokens outside the clip of the program's first PPO row, where it acts:
-    below for A < 0, above for A > 0 (TRL's names); empty where there is no such row.
+    """Fractions of the tokens that the program's first PPO row clips; empty without such a row.
+
+    Below for A < 0, above for A > 0 (TRL's names).
     """
     codes = () if program is None else program.codes[0::3]
     at = [k for k, code in enumerate(codes) if code in _CLIPPED]
@@ -46,9 +46,7 @@ def _clipped(program, ratio: Tensor, flat, count: Tensor) -> dict[str, Tensor]:
 
 
 def token_metrics(flat, program, logps, entropy, lse, log_sum_p2, is_top1) -> dict[str, Tensor]:
-    """Metrics of FlatTokens and the row statistics, all [N]; program: whose clip is measured, or
-    None.
-    """
+    """Metrics of FlatTokens and row statistics, all [N]; `program`: whose clip is measured."""
     valid = flat.valid
     count = valid.sum().to(logps.dtype).clamp(min=1.0)
     out = {

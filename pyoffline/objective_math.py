@@ -15,9 +15,7 @@ from pyoffline import scalar_ops as ops
 
 
 def product(x, y):
-    """x * y where 0 times anything but NaN is 0 (an infinite ratio at advantage 0 is 0, not
-    NaN).
-    """
+    """x * y where 0 times anything but NaN is 0: an infinite ratio at advantage 0 is 0."""
     zero = ((x == 0) | (y == 0)) & (x == x) & (y == y)
     return ops.where(zero, 0.0 * ops.where(zero, 0.0, x), x * y)
 
@@ -62,9 +60,7 @@ def importance_weighted_sft(logp, ref, low, high):
 
 
 def ppo_surrogate(ratio, adv, clip_low, clip_high, dual_clip, delta):
-    """max(-min(r, delta) A, -clip(r) A), dual-clipped at -c A for A < 0; borders count as
-    unclipped.
-    """
+    """max(-min(r, delta) A, -clip(r) A), at most -c A for A < 0; borders count as unclipped."""
     capped = ops.where(ratio > delta, delta, ratio)
     clipped = clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
     up = adv > 0
@@ -191,9 +187,7 @@ def topr_token(logp, mu, adv):
 
 
 def distill_token(logp, ref, low, high):
-    """-sg((ref - l) clamp(1, low, high)) l: sampled-token distillation without behaviour
-    log-probs.
-    """
+    """-sg((ref - l) clamp(1, low, high)) l: distillation on sampled tokens, without mu."""
     weight = product(ref - logp, clamp(ops.exp(0.0 * ref), low, high))
     return product(-logp, weight), -weight
 

@@ -20,9 +20,7 @@ MAX_PARAMS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the number shared with C++, the function, and the scalar that its coef
-    differentiates.
-    """
+    """One row: the number shared with C++, the function, the scalar that its coef belongs to."""
 
     code: int
     fn: Callable

@@ -1,5 +1,4 @@
-"""The custom ops: flat tensors in, flat tensors out, so that torch.compile, fake tensors and
-opcheck work.
+"""The custom ops, flat tensors in and out: for torch.compile, fake tensors and opcheck.
 
 Five ops: `linear_policy` and `logits_policy` give loss, row statistics and, where wanted,
 gradients formed in the forward; `linear_coefs` and `logits_coefs` turn given row coefficients into
@@ -35,7 +34,8 @@ def needs_record(bits: int) -> Needs:
     return Needs(*(bool(bits & (1 << i)) for i in range(5)))
 
 
-def _rows(labels, vectors, extras, gates, shared, codes, hyper, head, ignore_index, coefs=None):
+def op_rows(labels, vectors, extras, gates, shared, codes, hyper, head, ignore_index, coefs=None):
+    """calls.Rows of an op's flat arguments; fp64 statistics where a vector is fp64."""
     weights, old, mu, ref, adv, temperature = vectors
     bias, class_weight = shared
     total = stats_dtype(labels.dtype)
@@ -62,7 +62,8 @@ def _rows(labels, vectors, extras, gates, shared, codes, hyper, head, ignore_ind
     )
 
 
-def _flat(result, n: int) -> tuple[Tensor, ...]:
+def flat_result(result) -> tuple[Tensor, ...]:
+    """What an op returns of a LinearResult; an empty tensor for a gradient that is not there."""
     out = result.out
     grads = (
         result.dhidden,
@@ -118,10 +119,8 @@ def linear_policy(
     backend: str,
     plan: Ints,
 ) -> Twelve:
-    """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, dhidden, dweight, dbias and the
-    adapter's two.
-    """
-    rows = _rows(
+    """(loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, five gradients as `Needs`)."""
+    rows = op_rows(
         labels,
         (weights, old, mu, ref, adv, temperature),
         extras,
@@ -142,10 +141,11 @@ def linear_policy(
         adapter_hidden,
         adapter_weight,
     )
-    return _flat(load(backend, hidden).linear(call), hidden.shape[0])
+    return flat_result(load(backend, hidden).linear(call))
 
 
-def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
+def fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Empty loss, loss_t and row statistics, for a fake implementation."""
     n, total = hidden.shape[0], stats_dtype(hidden.dtype)
     floats = [hidden.new_empty(n, dtype=total) for _ in range(5)]
     return (
@@ -155,7 +155,8 @@ def _fake_rows(hidden: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs) -> tuple[Tensor, ...]:
+def fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs) -> tuple[Tensor, ...]:
+    """Empty gradients, for a fake implementation: of no entries where `needs` has not the bit."""
     total = stats_dtype(hidden.dtype)
 
     def like(x, bit, dtype=None):
@@ -175,8 +176,8 @@ def _fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs) -> tuple[
 @linear_policy.register_fake
 def _(hidden, weight, bias, adapter_hidden, adapter_weight, *rest):
     needs = rest[-3]
-    grads = _fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs)
-    return (*_fake_rows(hidden), *grads)
+    grads = fake_grads(hidden, weight, adapter_hidden, adapter_weight, needs)
+    return (*fake_rows(hidden), *grads)
 
 
 @torch.library.custom_op("pyoffline::linear_coefs", mutates_args=())
@@ -197,12 +198,10 @@ def linear_coefs(
     backend: str,
     plan: Ints,
 ) -> Five:
-    """dhidden, dweight, dbias and the adapter's two from given row coefficients; recomputes the
-    logits.
-    """
+    """The five gradients from given row coefficients; recomputes the logits."""
     vectors = (None, None, None, None, None, temperature)
     shared = (bias, class_weight)
-    rows = _rows(labels, vectors, [], "", shared, (), None, head, ignore_index, coefs)
+    rows = op_rows(labels, vectors, [], "", shared, (), None, head, ignore_index, coefs)
     call = LinearCall(
         hidden,
         weight,
@@ -213,12 +212,12 @@ def linear_coefs(
         adapter_hidden,
         adapter_weight,
     )
-    return _flat(load(backend, hidden).linear(call), hidden.shape[0])[7:]
+    return flat_result(load(backend, hidden).linear(call))[7:]
 
 
 @linear_coefs.register_fake
 def _(hidden, weight, bias, adapter_hidden, adapter_weight, *rest):
-    return _fake_grads(hidden, weight, adapter_hidden, adapter_weight, rest[-3])
+    return fake_grads(hidden, weight, adapter_hidden, adapter_weight, rest[-3])
 
 
 @torch.library.custom_op("pyoffline::logits_policy", mutates_args=())
@@ -241,7 +240,7 @@ def logits_policy(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, loss_t, logps, entropy, lse, log_sum_p2, is_top1, dlogits, unscale."""
-    rows = _rows(
+    rows = op_rows(
         labels,
         (weights, old, mu, ref, adv, temperature),
         extras,
@@ -267,7 +266,7 @@ _PLAIN_HEAD = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
 def _(logits, *rest):
     needs_grad = rest[-2]
     dlogits = logits.new_empty(logits.shape if needs_grad else (0,))
-    return (*_fake_rows(logits), dlogits, logits.new_empty((), dtype=stats_dtype(logits.dtype)))
+    return (*fake_rows(logits), dlogits, logits.new_empty((), dtype=stats_dtype(logits.dtype)))
 
 
 @torch.library.custom_op("pyoffline::logits_coefs", mutates_args=())
@@ -283,7 +282,7 @@ def logits_coefs(
     """dlogits [N, V] from given row coefficients."""
     vectors = (None, None, None, None, None, temperature)
     shared = (None, class_weight)
-    rows = _rows(labels, vectors, [], "", shared, (), None, _PLAIN_HEAD, ignore_index, coefs)
+    rows = op_rows(labels, vectors, [], "", shared, (), None, _PLAIN_HEAD, ignore_index, coefs)
     result = load(backend, logits).logits(LogitsCall(logits, rows, True))
     return result.dlogits if is_one(result.unscale) else result.dlogits * result.unscale
 

@@ -1,5 +1,4 @@
-"""The chunk plan: how many rows of logits exist at a time, and the context managers that override
-it.
+"""The chunk plan: how many rows of logits exist at a time, and what overrides it.
 
 By a memory budget, not by a ratio of V to D: the fixed traffic of a chunk (the fp32 dweight
 accumulator is read and written, the weight read twice) costs about 363/C of the GEMM time on a
@@ -16,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 MIB = 1 << 20
-# DESIGN.md section 4: at most 1 GiB on a GPU, 512 MiB on a CPU. There the GEMMs' own panels take up
-# to 64 MiB beside the chunk, so that both stay within 512.
+# At most 1 GiB on a GPU, 512 MiB on a CPU. There the GEMMs' own panels take up to 64 MiB beside the
+# chunk, so that both stay within 512.
 DEFAULT_BUDGET = {"cpu": 448 * MIB, "cuda": 1024 * MIB}
 # Rows of a chunk in deterministic mode: every GEMM has this shape whatever the batch.
 DETERMINISTIC_ROWS = 256
@@ -48,24 +47,23 @@ def _positive(name: str, n: int) -> int:
 
 
 def chunk_rows(n: int):
-    """Context manager: at most `n` rows of logits at a time, whatever the budget (tests,
-    tuning).
-    """
+    """Context manager: at most `n` rows of logits at a time, whatever the budget."""
     return _override(_rows, _positive("chunk_rows", n))
 
 
 def memory_budget(nbytes: int):
-    """Context manager: at most `nbytes` for one chunk of logits (default 448 MiB on a CPU, 1 GiB
-    on a GPU).
+    """Context manager: at most `nbytes` bytes for one chunk of logits.
+
+    The default is 448 MiB on a CPU and 1 GiB on a GPU. A chunk has at least one row.
     """
     return _override(_budget, _positive("memory_budget", nbytes))
 
 
 def deterministic():
-    """Context manager: every GEMM at one fixed chunk shape, the last chunk zero-padded, no
-    autotune.
+    """Context manager: every GEMM at one fixed chunk shape, no autotune.
 
-    Then a row's log-prob does not depend on the batch, its position or the number of chunks.
+    The last chunk is zero-padded, so that a row's log-prob does not depend on the batch, its
+    position or the number of chunks.
     `torch.use_deterministic_algorithms(True)` turns it on too.
     """
     return _override(_deterministic, True)
@@ -92,9 +90,10 @@ def current_settings() -> PlanSettings:
 
 
 def plan_list(n_valid: int | None = None) -> list[int]:
-    """The overrides (and the number of rows that count, where it is known) as a custom op carries
-    them. A compiled graph carries none and reads them when it runs: a context variable is nothing
-    to guard on.
+    """The overrides, and the number of rows that count if known, as a custom op carries them.
+
+    A compiled graph carries none and reads them when it runs: a context variable is nothing to
+    guard on.
     """
     known = [] if n_valid is None else [n_valid]
     if torch.compiler.is_compiling():
@@ -151,9 +150,7 @@ def plan_chunks(
 
 @dataclass(frozen=True)
 class Block:
-    """Whole units `[units]` with rows `[start, stop)`: one chunk where `fits`, else one unit longer
-    than a chunk.
-    """
+    """Whole units `[units]`, rows `[start, stop)`: a chunk where `fits`, else one longer unit."""
 
     units: tuple[int, int]
     start: int
@@ -163,9 +160,7 @@ class Block:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """Chunks cut at unit borders: at most `rows` rows of logits at a time; `padded`: every chunk is
-    zero-padded to `rows`.
-    """
+    """Chunks cut at unit borders, of at most `rows` rows; `padded`: each zero-padded to `rows`."""
 
     blocks: tuple[Block, ...]
     rows: int
@@ -181,16 +176,9 @@ class UnitPlan:
         rows = self.rows if self.padded else math.ceil(size / math.ceil(size / self.rows))
         return [(i, min(i + rows, stop)) for i in range(start, stop, rows)]
 
-    @property
-    def chunks(self) -> int:
-        """An upper bound on the chunks that reach the gradient GEMMs."""
-        return sum(len(self.parts(b)) for b in self.blocks)
-
 
 def _pack(sizes: list[int], rows: int) -> list[Block]:
-    """Consecutive units into as few blocks of at most `rows` rows as there can be; a longer unit
-    alone.
-    """
+    """Consecutive units into as few blocks of at most `rows` rows as can be; a longer one alone."""
     ends = list(itertools.accumulate(sizes))
     blocks, first, start = [], 0, 0
     while first < len(sizes):
@@ -204,9 +192,7 @@ def _pack(sizes: list[int], rows: int) -> list[Block]:
 def plan_units(
     sizes: list[int], vocab: int, itemsize: int, settings: PlanSettings, device: str
 ) -> UnitPlan:
-    """Chunks for units of these many rows, packed in order: as few as the budget allows, and as
-    equal.
-    """
+    """Chunks for units of these many rows, in order: as few as the budget allows, and as equal."""
     largest = _largest(vocab, itemsize, settings, device)
     if settings.deterministic:
         rows = _fixed_rows(largest, settings)

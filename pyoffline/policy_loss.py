@@ -44,17 +44,19 @@ def linear_policy_loss(
     tokens: TokenBatch,
     objective: Objective,
 ) -> LossOutput:
-    """`(weights * objective(log_softmax(head(hidden))[labels])).sum()`, loss and gradient in one
-    pass over chunks.
+    """`(weights * objective(log_softmax(head(hidden))[labels])).sum()` and its gradient, in chunks.
 
-    Equivalent PyTorch for `po.WeightedNLL()`:
-    `logps = head(hidden).float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]`
-    `loss = (weights * -advantages * logps)[labels != ignore_index].sum()`
+    Equivalent PyTorch for `po.WeightedNLL()`, with z = head(hidden) as `Head` defines it:
+
+        counted = labels != ignore_index
+        logps = z[counted].float().log_softmax(-1).gather(-1, labels[counted, None])[:, 0]
+        loss = (weights[counted] * -advantages[counted] * logps).sum()
 
     Shapes: hidden [..., D], the tensors of `tokens` [...]; hidden and weight share a dtype (bf16,
     fp16, fp32, fp64). Statistics and loss are fp32 (fp64 for fp64). Memory: one chunk of logits
-    (448 MiB on a CPU) and an fp32 [V, D] accumulator when a trainable head takes several chunks;
-    independent of the number of tokens otherwise.
+    (448 MiB on a CPU, 1 GiB on a GPU; `po.memory_budget`) and an fp32 [V, D] accumulator when a
+    trainable head takes several chunks; beyond that a few numbers per token, and a copy of the
+    hidden rows that count where some do not.
 
     Returns LossOutput(loss, stats, metrics). Gradients reach hidden, the head's weight, bias and
     LoRA factors, as each requires it. Advantages and log-probs in `tokens` are constants; with
@@ -63,7 +65,10 @@ def linear_policy_loss(
     Raises:
         IndexError: a label outside [0, V) that is not ignore_index (names row and value).
         ValueError: a shape or device that does not fit, a tensor that the objective lacks or does
-        not read. TypeError: a dtype or object of the wrong kind.
+            not read.
+        TypeError: a dtype or object of the wrong kind.
+
+    On a GPU a bad label makes its row NaN, and a later call or `po.check()` raises.
     """
     program = objective_program(objective, tokens)
     if not isinstance(head, Head):

@@ -1,4 +1,4 @@
-"""The public preference objectives (OBJECTIVES.md, section 3).
+"""The public preference objectives.
 
 Pairs: the first half of the batch's sequences are chosen, the second half their rejected ones, in
 the same order. l = log-prob of the label, x = sum(l - ref) of a sequence (references per token,
@@ -90,19 +90,22 @@ class DPO(_Pair):
 
         sigmoid        -p log s(z) - (1-p) log s(-z), p = sequences.targets of the chosen row, or 1,
                        mixed as (1-eps) p + eps (1-p) (soft labels 2309.06657, cDPO)
-        sigmoid_norm   the same, scores divided by n
-        hinge          relu(1 - z) (SLiC, RSO)
+        sigmoid_norm   the same, scores divided by n (Tulu 3, 2411.15124)
+        hinge          relu(1 - z) (SLiC 2305.10425, RSO 2309.06657)
         ipo            (f(x_w)/n_w - f(x_l)/n_l - 1/(2 beta))^2 (2310.12036)
         robust         (-(1-eps) log s(z) + eps log s(-z)) / (1 - 2 eps) (2403.00409)
         exo_pair       KL(s(z) || [1-eps, eps]), eps > 0 (2402.00856)
         discopop       (1-m)(-log s(z)) + m e^-z, m = s(z / 0.05) (2406.08414)
-        nca_pair       -log s(u) - 1/2 log s(-u) - 1/2 log s(-v), u = beta x_w, v = beta x_l
-        bco_pair       -log s(u) - log s(-v)
+        nca_pair       -log s(u) - 1/2 log s(-u) - 1/2 log s(-v) (2402.05369), here and below
+                       u = beta x_w, v = beta x_l
+        bco_pair       -log s(u) - log s(-v) (2404.04656)
         sppo_hard      (x_w - 1/(2 beta))^2 + (x_l + 1/(2 beta))^2 (2405.00675)
-        apo_zero       1 - s(u) + s(v); apo_down: s(u) + 1 - s(u - v) (2408.06266)
+        apo_zero       1 - s(u) + s(v) (2408.06266)
+        apo_down       s(u) + 1 - s(u - v) (2408.06266)
         aot            -(1-eps) log s(beta d) - eps log s(-beta d), d = sort over the batch of the
-                       policy's sum l_w - sum l_l minus that of the reference; aot_unpaired: of x_w
-                       and x_l (2406.05882). Micro-batches do not add up to the batch.
+                       policy's sum l_w - sum l_l minus sort of the reference's (2406.05882).
+                       Micro-batches do not add up to the batch.
+        aot_unpaired   the same, d = sort of x_w minus sort of x_l
 
     coef of every chosen token dL/dx_w, of a rejected one dL/dx_l: for sigmoid -+beta s(-z), p = 1.
     `reference_free`: ref = 0. `margin`: a number, or "rewards": the pair's reward gap

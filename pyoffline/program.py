@@ -45,10 +45,6 @@ class Program:
     one_of: tuple[tuple[str, ...], ...] = ()
 
     @property
-    def has_custom(self) -> bool:
-        return CUSTOM_CODE in self.codes[0::3]
-
-    @property
     def coupled(self) -> tuple:
         """The coupled rows and masks of this program, in order; empty for a token-local one."""
         return coupled_rows(self.codes)
@@ -65,9 +61,7 @@ def unit_of(codes) -> str:
 
 
 class RowScalars(NamedTuple):
-    """Vectors of one chunk that objective functions read, fp32 or fp64, [C]; None where not
-    given.
-    """
+    """What objective functions read of one chunk: [C] vectors, fp32 or fp64; None: not given."""
 
     logp: Tensor
     entropy: Tensor
@@ -171,9 +165,7 @@ def _call_row(code: int, anchor: int, params: Tensor, rows: RowScalars) -> tuple
 
 
 def evaluate(codes, hyper: Tensor, rows: RowScalars, extras: dict[str, Tensor]) -> Coefs:
-    """Loss and coefficients of every term, scaled, gated and added. A gate of 0 switches a term
-    off for that token.
-    """
+    """Loss and coefficients of all terms, scaled, gated and added; a gate of 0 is an off switch."""
     gates = list(extras.values())
     zero = torch.zeros_like(rows.logp)
     total = {"loss": zero, "a": zero, "b": zero, "c": zero, "e": zero}

@@ -1,5 +1,4 @@
-"""The records of the public API: what goes in (TokenBatch, SequenceBatch) and what comes out
-(LossOutput, TokenStats).
+"""The records of the public API: TokenBatch, SequenceBatch go in, LossOutput, TokenStats come out.
 
 Plain frozen containers, no computation. Their contents are checked where they are used
 (`checks.py`, `flatten.py`), so that an error can name the objective that reads the tensor.
@@ -29,16 +28,16 @@ SEQUENCE_FIELDS = {
 
 @dataclass(frozen=True, eq=False)
 class SequenceBatch:
-    """What belongs to whole sequences, each [S]; S = leading rows of a padded batch, or distinct
-    `sequence_ids`.
+    """What belongs to whole sequences: S leading rows of a padded batch, or S `sequence_ids`.
 
     Args:
         rewards: [S] float, one reward per sequence.
         group_ids: [S] integer, sequences of one prompt share a value.
-        targets: [S] float; KTO 1/0 (desirable); DPO P(chosen beats rejected), read at the chosen
-        row. ref_logps: [S] float, per-sequence sums of reference log-probs (nats).
-        weights: [S] float, omega_i of the sequence losses; default: the sums of the tokens'
-        weights.
+        targets: [S] float, bool or integer. KTO: 1 desirable, 0 not. DPO: P(chosen beats
+            rejected), read at the chosen row.
+        ref_logps: [S] float, per-sequence sums of reference log-probs (nats).
+        weights: [S] float, omega_i of the sequence losses. Default: the sums of the tokens'
+            weights; without these 1 / number of the objective's units.
     """
 
     rewards: Tensor | None = None
@@ -50,8 +49,7 @@ class SequenceBatch:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """What an objective reads, aligned with `hidden`: position i holds what belongs to predicting
-    `labels[i]`.
+    """What an objective reads, aligned with `hidden`: position i is about predicting `labels[i]`.
 
     Args:
         labels: [...] integer, token ids in [0, V) or `ignore_index`.
@@ -61,14 +59,13 @@ class TokenBatch:
             `po.TeacherHead(ref_hidden, ref_head)`, which are scored in the same call.
         behavior_logps: [...] log-probs of the policy that wrote the data, read as `mu`.
         weights: [...] aggregation weights; the loss is sum(weights * loss_t). Default: 1 / number
-        of labels that are not
-            `ignore_index`.
+            of labels that are not `ignore_index` (of a coupled objective: 1 / number of its units).
         temperature: [...] per-token temperature, replaces the head's.
         sequence_ids: [...] 0..S-1, non-decreasing, for packed batches.
         sequences: per-sequence values.
-        extra: named per-token tensors, read by custom objectives and `weighted_by`.
+        extra: named [...] tensors, read by custom objectives and `weighted_by`.
         ignore_index: the label of a position that does not count.
-        n_valid: the number of rows that count, when the caller knows it.
+        n_valid: the number of rows that count, when the caller knows it: a GPU is then not asked.
 
     A position whose label is `ignore_index` or whose weight is 0 is never read: whatever its other
     entries hold (NaN, inf), it contributes exactly 0.
@@ -89,12 +86,17 @@ class TokenBatch:
 
 
 class TokenStats(NamedTuple):
-    """Row statistics of the labels' shape, fp32 (fp64 for fp64 inputs), 0 at positions that do not
-    count.
+    """Row statistics of the labels' shape, fp32 (fp64 for fp64 inputs), 0 where nothing counts.
 
-    `logps` log p(label); `entropy` of the distribution (nats); `lse` log-sum-exp of the logits;
-    `log_sum_p2` log of sum p^2; `is_top1` bool, the label has the largest logit. The first three
-    are differentiable where `linear_token_logps` / `token_logps` return them.
+    With z the final logits of a row and p = softmax(z), in nats:
+
+        logps       z.log_softmax(-1)[label]
+        entropy     -(p * p.log()).sum(-1)
+        lse         z.logsumexp(-1)
+        log_sum_p2  (p * p).sum(-1).log()
+        is_top1     z[label] == z.max(-1), bool
+
+    The first three are differentiable where `linear_token_logps` / `token_logps` return them.
     """
 
     logps: Tensor
@@ -105,8 +107,9 @@ class TokenStats(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """`loss` (0-d, differentiable), `stats` (detached TokenStats), `metrics` (name -> detached 0-d
-    tensor, on device).
+    """`loss`, 0-d and differentiable; `stats` and `metrics`, detached and on the device.
+
+    `metrics`: name -> 0-d tensor, from raw ratios, before any clamping.
     """
 
     loss: Tensor

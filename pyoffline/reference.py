@@ -1,5 +1,4 @@
-"""The reference backend: plain PyTorch, any float dtype up to fp64, chunked, and readable in one
-sitting.
+"""The reference backend: plain PyTorch, chunked, any float dtype up to fp64; one sitting.
 
 The other backends are compared with this one, and this one with autograd in fp64. Logits are
 rounded to `logits_dtype` as F.linear rounds them, everything after that is fp32 (fp64 for fp64
@@ -32,9 +31,7 @@ from pyoffline.program import Coefs, RowScalars, evaluate
 
 
 def transform(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """z = softcap(logit_scale * (logits + bias)) / T in fp32 or fp64, and dz/dlogits as a tensor
-    that broadcasts.
-    """
+    """(z = softcap(logit_scale * (logits + bias)) / T, dz/dlogits to broadcast), fp32 or fp64."""
     x = logits.to(stats_dtype(logits.dtype))
     if rows.bias is not None:
         x = x + rows.bias
@@ -73,9 +70,7 @@ def row_stats(z: Tensor, rows: Rows) -> tuple[RowScalars, RowOutputs, Tensor]:
 
 
 def row_gradient(logp_all: Tensor, scalars: RowScalars, rows: Rows, coefs: Coefs) -> Tensor:
-    """dz [C, V] from the four coefficients; a product with p_v = 0 is 0 by branch, also where a
-    coefficient is inf.
-    """
+    """dz [C, V] from the four coefficients; a product with p_v = 0 is 0 by branch, also of inf."""
     p = logp_all.exp()
     a, b, c, e = (x[:, None] for x in (coefs.a, coefs.b, coefs.c, coefs.e))
     u = p.new_ones(p.shape[-1]) if rows.class_weight is None else rows.class_weight.to(p.dtype)

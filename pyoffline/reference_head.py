@@ -1,5 +1,4 @@
-"""A reference model in the same call: `TokenBatch(labels, ref_logps=po.TeacherHead(ref_hidden,
-ref_head))`.
+"""A reference model in the same call: a TeacherHead in the place of `ref_logps`.
 
 Its log-probs of the labels come from the scoring path (one GEMM, chunked, no gradient, no [N, V]),
 before the loss reads them as `ref`. Not here: given log-probs (`flatten.py`), whole distributions

@@ -61,9 +61,7 @@ def check_sample(
     vocab: int,
     too_long: str,
 ) -> list[tuple[str, str]]:
-    """What is wrong with a tokenised Sample: nothing to train on, lists of another length, too many
-    tokens.
-    """
+    """What is wrong with a tokenised Sample: nothing to train on, odd lists, too many tokens."""
     found = []
     if sample.n_prompt == 0:
         why = "empty, and the tokenizer adds no first token, so nothing predicts the first one"

@@ -1,5 +1,4 @@
-"""Rows of a JSONL or Parquet file, one at a time, each with its line number; a bad line is an error
-text, not an end.
+"""Rows of a JSONL or Parquet file with their line numbers; a bad line is a text, not an end.
 
 Not here: what a row must hold (data.py). Nothing but JSON and Parquet is read: no pickle, no
 scripts.
@@ -18,8 +17,9 @@ Row = tuple[int, dict | None, str | None]  # line (from 1), the row, or why ther
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield (line, row, error). Blank lines of a JSONL file are passed over. UnreadableFileError:
-    not a file, unknown kind, or the disk says no.
+    """Yield (line, row, error); blank lines of JSONL are passed over.
+
+    UnreadableFileError: not a file, an unknown kind, or the disk says no.
     """
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"

@@ -80,9 +80,7 @@ def complete(partial: Path, final: Path) -> None:
 
 
 def newest(run: Path, but: Path | None = None) -> Path | None:
-    """The complete checkpoint with the most steps in `run`, not counting `but`, or None. Sizes are
-    compared, not contents.
-    """
+    """The complete checkpoint with the most steps in `run`, but `but`, or None; by sizes alone."""
     found = []
     for parent in (run, run / PARTIAL):
         for path in parent.iterdir() if parent.is_dir() else ():
@@ -99,9 +97,7 @@ def unusable(run: Path) -> dict[Path, list[str]]:
 
 
 def problems(folder: Path, contents: bool = True) -> list[str]:
-    """What is wrong with a folder that `whole_folder` wrote; with `contents`, files are read and
-    summed.
-    """
+    """What is wrong with a folder of `whole_folder`; `contents`: files are read and summed."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
@@ -153,9 +149,7 @@ def rotate(run: Path, limit: int | None, best: Path | None) -> None:
 
 @contextlib.contextmanager
 def sole_run(folder: Path):
-    """Holds the run's folder while it trains. FolderInUseError: another run holds it, or it cannot
-    be written.
-    """
+    """Holds the run's folder while it trains. FolderInUseError: held already, or not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
@@ -174,9 +168,7 @@ def sole_run(folder: Path):
 
 
 def recover(run: Path) -> None:
-    """Put a checkpoint that was completed, but not yet renamed, in its place; remove other
-    remains of a killed run.
-    """
+    """Put a checkpoint that was complete but not renamed in its place; remove other remains."""
     partial = run / PARTIAL
     for path in partial.iterdir() if partial.is_dir() else ():
         final = run / path.name

@@ -1,5 +1,6 @@
-"""What a run is, beside its model and its length: written into its folder when it begins, compared
-when it goes on. Not here: the model and the optimizer (checkpoint.py), the folder (run_folder.py).
+"""What a run is: written into its folder when it begins, compared when it goes on.
+
+Not here: the model and the optimizer (checkpoint.py), the folder (run_folder.py).
 """
 
 import json

@@ -169,9 +169,7 @@ def _write(settings: ScoreSettings, samples: list[Sample], scores: list[dict]) -
 
 
 def _as_json(value):
-    """Parquet's kinds that JSON has not, in a column that is passed on: bytes as base64, dates and
-    decimals as text.
-    """
+    """What JSON has not, in a column that is passed on: bytes as base64, dates as text."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 

@@ -1,5 +1,4 @@
-"""Sequence-coupled objectives: `fn(c: Coupled) -> CoupledLoss`, loss and coefficients in closed
-form.
+"""Sequence-coupled objectives `fn(c: Coupled) -> CoupledLoss`: loss and coefs in closed form.
 
 Symbols: l = log-prob, n = tokens of the sequence, A = its advantage, R = its reward, W = a product
 of ratios over its tokens, omega = its weight. Everything stays in log space and is exponentiated
@@ -71,9 +70,7 @@ def topr(c: Coupled) -> CoupledLoss:
 
 
 def vespo(c: Coupled) -> CoupledLoss:
-    """-sg(W^k exp(lam (1-W))) A l per token, W = exp(sum(l-old)); (k, lam) by the sign of A
-    (2602.10693).
-    """
+    """-sg(W^k exp(lam (1-W))) A l, W = exp(sum(l-old)); (k, lam) by the sign of A (2602.10693)."""
     k_pos, lam_pos, k_neg, lam_neg = c.params[:4]
     log_w = clamp(c.sum(c.logp - c.old), *VESPO_LOG_W)
     rise = -torch.expm1(log_w)  # 1 - W
@@ -89,9 +86,7 @@ def vespo(c: Coupled) -> CoupledLoss:
 
 
 def importance_weighted_sft_sequence(c: Coupled) -> CoupledLoss:
-    """-sg(clamp(exp(alpha mean(l-ref)), low, high)) l per token (iw-SFT, sequence mode,
-    2507.12856).
-    """
+    """-sg(clamp(exp(alpha mean(l-ref)), low, high)) l per token (iw-SFT, 2507.12856)."""
     alpha, low, high = c.params[:3]
     weight = clamp(torch.exp(product(c.mean(c.logp - c.ref), alpha)), low, high)
     weight = c.weights * c.spread(weight)

@@ -1,4 +1,4 @@
-"""The public sequence- and group-coupled objectives (OBJECTIVES.md, section 2).
+"""The public objectives of whole sequences and groups.
 
 Each class is one row of `coupled_table.COUPLED`. Symbols: l = log-prob of the label, old / mu / ref
 as in TokenBatch, n = tokens of the sequence that count, A = its advantage (that of its first
@@ -56,11 +56,10 @@ class TOPR(CoupledObjective):
 
 @objective
 class VESPO(CoupledObjective):
-    """`-sg(W^k exp(lam (1-W))) A l` per token, W = exp(sum(l-old)) with log W in [log 1e-8, 20]
-    (2602.10693).
+    """`-sg(W^k exp(lam (1-W))) A l` per token, W = exp(sum(l-old)) (2602.10693).
 
-    (k_pos, lam_pos) where A >= 0, else (k_neg, lam_neg). Weighted by token weights (default
-    1/tokens).
+    log W is clamped to [log 1e-8, 20]; (k_pos, lam_pos) where A >= 0, else (k_neg, lam_neg).
+    coef minus that factor times A. Weighted by token weights (default 1/tokens).
     """
 
     k_pos: float = 2.0
@@ -72,10 +71,9 @@ class VESPO(CoupledObjective):
 
 @objective
 class ImportanceWeightedSFTSequence(CoupledObjective):
-    """`-sg(clamp(exp(alpha mean(l-ref)), low, high)) l` per token (iw-SFT, sequence mode,
-    2507.12856).
+    """`-sg(clamp(exp(alpha mean(l-ref)), low, high)) l` per token, coef minus that factor.
 
-    Weighted by token weights (default 1/tokens).
+    Weighted by token weights (default 1/tokens). (iw-SFT, sequence mode, 2507.12856)
     """
 
     alpha: float = 2.0
@@ -90,8 +88,10 @@ class ImportanceWeightedSFTSequence(CoupledObjective):
 
 @objective
 class SequencePowerIS(CoupledObjective):
-    """`-A (W^alpha - 1)/alpha`, coef -A W^alpha; alpha = 0 is its limit -A log W: power shaping of
-    the sequence's importance weight.
+    """`-A (W^alpha - 1)/alpha`, coef -A W^alpha: power shaping of a sequence's importance weight.
+
+    alpha = 0 is its limit -A log W. ("Efficient Learning from Offline Samples", sec. 2, with
+    sequences for actions; docs/theory.md)
     """
 
     alpha: float
@@ -106,7 +106,8 @@ class RenyiRWR(CoupledObjective):
     direction of D_alpha = 1/(alpha-1) log E_mu[W^alpha e^{r/tau}] without the factor that explodes
     at 1; the metric `renyi/d_alpha` is D_alpha itself (infinite at alpha = 1), `group_ess` the
     effective fraction of a group's sequences. A group of one has coef -1; a group of equal rewards
-    is weighted by W^alpha alone. Default weight 1/groups.
+    is weighted by W^alpha alone. Default weight 1/groups. ("Efficient Learning from Offline
+    Samples", sec. 2: reward-weighted Renyi divergence; docs/theory.md)
     """
 
     alpha: float = 0.5
@@ -136,7 +137,10 @@ class AlphaELBO(CoupledObjective):
 
 @objective
 class AStarPO(CoupledObjective):
-    """`(beta2 sum(l-ref) - A)^2`, A = R - V* with `advantages.astar_value` (A*-PO, 2505.20686)."""
+    """`(beta2 sum(l-ref) - A)^2`, A = R - V* with `advantages.astar_value` (A*-PO, 2505.20686).
+
+    coef 2 beta2 (beta2 sum(l-ref) - A).
+    """
 
     beta2: float = 1e-3
     bounds = {"beta2": NON_NEGATIVE}
@@ -147,7 +151,8 @@ class KLRegularizedPG(CoupledObjective):
     """`-sum_t r_t sg(R - beta sum_{k>=t}(l_k - ref_k))`, r = exp(l-old), coef the same.
 
     The live form of KL-shaped rewards: the sum holds the policy that is trained
-    (`advantages.kl_shaped` holds old). `to_go=False` sums over every k.
+    (`advantages.kl_shaped` holds old). `to_go=False` sums over every k. (The KL-regularised policy
+    gradient with reward R - beta log(pi/ref), Jaques et al. 1611.02796.)
     """
 
     beta: float
@@ -161,10 +166,10 @@ class KLRegularizedPG(CoupledObjective):
 
 @objective
 class OPSM(Objective):
-    """`objective` without the sequences that are off-policy and bad: a token counts 0 where A < 0
-    and mean(mu - l) of its sequence > delta (DeepSeek-V3.2, eq. 9).
+    """`objective` without the sequences that are off-policy and bad (DeepSeek-V3.2, eq. 9).
 
-    Wraps any objective, token-local or coupled. Weights are the wrapped objective's; nothing is
+    A token counts 0 where A < 0 and mean(mu - l) of its sequence > delta (nats per token). Wraps
+    any objective, token-local or coupled. Weights are the wrapped objective's; nothing is
     renormalised. The metric `opsm/masked_fraction` counts tokens.
     """
 

@@ -1,5 +1,4 @@
-"""Aggregation weights of one optimiser step: counts over all its micro-batches and ranks, then one
-weight per token.
+"""Aggregation weights of one optimiser step, from counts over its micro-batches and ranks.
 
 The only owner of the normaliser in training and evaluation: the loss of a micro-batch is
 sum(weights * loss_t), and the micro-batches add up. Not here: the modes themselves (aggregate.py).
@@ -16,9 +15,7 @@ LOCAL = "token-mean-local"
 
 
 def aligned_labels(batch: dict) -> Tensor:
-    """[B, T] labels such that position i predicts entry i; `shift_labels` of a batch is taken as it
-    is.
-    """
+    """[B, T] labels such that position i predicts entry i; a batch's `shift_labels` as it is."""
     if "shift_labels" in batch:
         return batch["shift_labels"]
     if "labels" not in batch:
@@ -37,8 +34,7 @@ def step_weights(
     world_size: int,
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor]:
-    """Weights of each micro-batch, aligned with the hidden states, and the number of tokens of the
-    step.
+    """(weights of each micro-batch, aligned with hidden; number of tokens of the step).
 
     `reduce` sums a tensor over ranks. Weights are multiplied by `world_size`, which a data-parallel
     host divides by.
@@ -96,9 +92,7 @@ def _n_sequences(batch: dict, mask: Tensor, mode: str) -> Tensor:
 
 
 def _prompt_tokens(batches: list[dict], masks: list[Tensor]) -> tuple[list[Tensor], int]:
-    """For each micro-batch [S] tokens of each row's prompt over the whole step, and the number of
-    prompts.
-    """
+    """Tokens of each row's prompt over the step, [S] a micro-batch, and the number of prompts."""
     missing = [b for b in batches if "group_ids" not in b]
     if missing:
         raise ValueError("aggregation prompt-mean needs the column `group`")

@@ -1,9 +1,10 @@
-"""Cached distributions of a teacher in a file of samples: `teacher_topk_ids` and
-`teacher_topk_logps`, one list of k entries per completion token.
+"""Cached distributions of a teacher in a file of samples: one list of k entries a token.
 
-`pyoffline score --teacher-topk K` writes them; `objective: {name: distill}` reads them as
-TeacherTopK. A row's lists become one [n, k] tensor each, since Python numbers take ten times the
-memory. Not here: the divergences, other columns (row_checks.py).
+`pyoffline score --teacher-topk K` writes `teacher_topk_ids` and `teacher_topk_logps`;
+`objective: {name: distill}` reads them as TeacherTopK. A row's lists become one [n, k] tensor each,
+since Python numbers take ten times the memory.
+
+Not here: the divergences, other columns (row_checks.py).
 """
 
 import math

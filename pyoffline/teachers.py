@@ -1,5 +1,4 @@
-"""What a student is distilled from: a head of its own on hidden states of any width, given logits,
-or cached top-k log-probs.
+"""What a student is distilled from: a head on hidden states, logits, or cached top-k log-probs.
 
 Public records and their flat form. A teacher's tensors are constants. Not here: the divergences.
 """

@@ -1,5 +1,4 @@
-"""Ops that return one loss per token, so that the upstream gradient may differ per token
-(`reduction="none"`).
+"""Ops with one loss per token, for an upstream gradient per token (`reduction="none"`).
 
 The forward keeps the row coefficients; the backward multiplies them by the upstream gradient and
 recomputes the logits. Not here: the scalar losses, which form their gradient in the forward
@@ -37,7 +36,7 @@ def linear_losses(
 ) -> tuple[Tensor, Tensor]:
     """loss_t [N] and its coefficients [4, N]."""
     shared = (bias, class_weight)
-    rows = ops._rows(labels, [None] * 6, extras, gates, shared, codes, hyper, head, ignore_index)
+    rows = ops.op_rows(labels, [None] * 6, extras, gates, shared, codes, hyper, head, ignore_index)
     settings = settings_of(plan)
     call = LinearCall(
         hidden, weight, rows, Needs(), settings, DTYPES[logits_dtype], wants_coefs=True
@@ -93,7 +92,7 @@ def logits_losses(
     """loss_t [N] and its coefficients [4, N]."""
     shared = (None, class_weight)
     head = ops._PLAIN_HEAD
-    rows = ops._rows(labels, [None] * 6, extras, gates, shared, codes, hyper, head, ignore_index)
+    rows = ops.op_rows(labels, [None] * 6, extras, gates, shared, codes, hyper, head, ignore_index)
     out = load(backend, logits).logits(LogitsCall(logits, rows, False, True)).out
     return out.loss, out.coefs
 

@@ -1,8 +1,10 @@
-"""The public token-local objectives (OBJECTIVES.md, section 1) and the terms that add to them.
+"""The public token-local objectives and the terms that add to them.
 
 Each class is one row of `objectives.TABLE`, or a short sum of rows; its docstring gives loss and
-coef per token. Symbols: l = log-prob of the label, p = exp(l), old / mu / ref as in TokenBatch, r
-= exp(l-old), w = exp(l-mu), A = advantages.
+coef = dloss/dl per token, before its weight, and where it comes from. Symbols: l = log-prob of the
+label (nats), p = exp(l), old / mu / ref as in TokenBatch, r = exp(l-old), w = exp(l-mu),
+A = advantages, sg = `.detach()`. A field outside its range raises ValueError (TypeError for what is
+no number) where the objective is made; a tensor that is missing, where it is used.
 """
 
 import math
@@ -31,8 +33,9 @@ def check_ordered(obj, low: float, high: float | None) -> None:
 
 @objective
 class NLL(Objective):
-    """`-l`, with `label_smoothing` eps mixed in as `(1-eps)(-l) + eps mean_v(lse - z_v)` and
-    `z_loss * lse^2`.
+    """`-l`, or `(1-eps)(-l) + eps mean_v(lse - z_v) + z_loss lse^2` with label_smoothing eps.
+
+    coef -(1-eps) in l. (label smoothing: 1512.00567, sec. 7; z-loss: PaLM, 2204.02311, sec. 5)
     """
 
     label_smoothing: float = 0.0
@@ -53,7 +56,12 @@ class NLL(Objective):
 
 @objective
 class WeightedNLL(OneRow):
-    """`-A l`, coef -A: REINFORCE, reward-weighted regression, AWR, RAFT, position weights."""
+    """`-A l`, coef -A.
+
+    By what A is: REINFORCE (Williams 1992), reward-weighted regression (Peters & Schaal 2007),
+    AWR (1910.00177), RAFT (2304.06767), position weights (2403.12017, eq. 12); `advantages`
+    makes each.
+    """
 
 
 @objective
@@ -63,7 +71,7 @@ class DFT(OneRow):
 
 @objective
 class ProbPower(OneRow):
-    """`-A p^alpha`, coef -A alpha p^alpha; advantages default to 1."""
+    """`-A p^alpha`, coef -A alpha p^alpha; advantages default to 1. (LUFFY's `pow`, 2504.14945)"""
 
     alpha: float = 0.5
 
@@ -91,7 +99,10 @@ class ImportanceWeightedSFT(OneRow):
 
 @objective
 class ProximalSFT(OneRow):
-    """PPO clip with A = 1: `-min(r, 1+clip_high)`, coef -r, 0 where clipped (2508.20784)."""
+    """PPO clip with A = 1: `-min(r, 1+clip_high)`, coef -r, 0 where clipped (PSFT, 2508.20784).
+
+    `clip_low` is PPO's other border, which A = 1 never reaches: it changes nothing.
+    """
 
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -100,13 +111,15 @@ class ProximalSFT(OneRow):
 
 @objective
 class ImportanceSampling(OneRow):
-    """`-w A`, coef -w A."""
+    """`-w A`, coef -w A: the policy gradient from samples of mu (Precup, Sutton & Singh 2000)."""
 
 
 @objective
 class PowerIS(OneRow):
-    """`-A expm1(alpha log w)/alpha` (alpha = 0: `-A (l-mu)`), coef -A w^alpha: power shaping f(w)
-    = w^alpha.
+    """`-A expm1(alpha log w)/alpha`, coef -A w^alpha: power shaping f(w) = w^alpha.
+
+    alpha = 0 is the limit `-A (l-mu)`, the gradient of `WeightedNLL`; alpha = 1 is
+    `ImportanceSampling`. ("Efficient Learning from Offline Samples", sec. 2; docs/theory.md)
     """
 
     alpha: float = 0.5
@@ -114,7 +127,7 @@ class PowerIS(OneRow):
 
 @objective
 class TruncatedIS(OneRow):
-    """`-sg(clamp(w, low, high)) A l`, coef -clamp(w) A (TIS-PG)."""
+    """`-sg(clamp(w, low, high)) A l`, coef -clamp(w) A: TIS-PG (Ionides 2008; ROLL 2506.06122)."""
 
     low: float = 0.0
     high: float | None = 1.0
@@ -127,10 +140,11 @@ class TruncatedIS(OneRow):
 
 @objective
 class PPOClip(OneRow):
-    """`-min(min(r, delta) A, clip(r, 1-clip_low, 1+clip_high) A)`; for A < 0 at most `-dual_clip
-    A` (1707.06347).
+    """`-min(min(r, delta) A, clip(r, 1-clip_low, 1+clip_high) A)`, at most `-dual_clip A` if A < 0.
 
     coef -r A, exactly 0 where clipped; borders count as unclipped; A = 0 gives 0 even at r = inf.
+    (PPO 1707.06347, eq. 7; clip_high above clip_low: DAPO 2503.14476; dual clip: 1912.09729; delta
+    as in TRL, 2505.07291)
     """
 
     clip_low: float = 0.2
@@ -142,8 +156,9 @@ class PPOClip(OneRow):
 
 @objective
 class DecoupledPPO(OneRow):
-    """PPO clip on r, times `sg(exp(old-mu))`; tokens whose factor exceeds `behavior_cap` get 0
-    (2505.24298).
+    """`PPOClip` on r, times `sg(exp(old-mu))`: coef that of PPO times the factor.
+
+    Tokens whose factor exceeds `behavior_cap` get 0. (2110.00641; AReaL 2505.24298)
     """
 
     clip_low: float = 0.2
@@ -154,7 +169,7 @@ class DecoupledPPO(OneRow):
 
 @objective
 class CISPO(OneRow):
-    """`-sg(clamp(r, low, high)) A l`, absolute bounds (2506.13585)."""
+    """`-sg(clamp(r, low, high)) A l`, coef -clamp(r) A, absolute bounds (2506.13585)."""
 
     low: float = 0.0
     high: float | None = 5.0
@@ -167,7 +182,10 @@ class CISPO(OneRow):
 
 @objective
 class SAPO(OneRow):
-    """`-A sigmoid(tau (r-1)) 4/tau`, tau_pos for A > 0 else tau_neg (2511.20347)."""
+    """`-A s 4/tau`, s = sigmoid(tau (r-1)), tau_pos for A > 0 else tau_neg (2511.20347).
+
+    coef -4 A s (1-s) r.
+    """
 
     tau_pos: float = 1.0
     tau_neg: float = 1.05
@@ -176,8 +194,13 @@ class SAPO(OneRow):
 
 @objective
 class DPPO(OneRow):
-    """`-sg(min(r, cap)) A l` where the move stays inside a TV or binary-KL ball, else 0
-    (2602.04879).
+    """`-sg(min(r, cap)) A l` where the move stays in a trust region, else 0 (2602.04879).
+
+    coef -min(r, cap) A where kept. With p_old = exp(old), kept is
+
+        kind="tv"  p - p_old <= delta_high for A > 0, p - p_old >= -delta_low otherwise
+        kind="kl"  p <= p_old or k <= delta_high for A > 0, p >= p_old or k <= delta_low
+                   otherwise, k = KL of the two outcomes "label" and "not label", old || new
     """
 
     kind: str = "tv"
@@ -197,7 +220,7 @@ class DPPO(OneRow):
 
 @objective
 class DRO(OneRow):
-    """`-A l + beta/2 (l-old)^2`, coef -A + beta (l-old) (2405.19107)."""
+    """`-A l + beta/2 (l-old)^2`, coef -A + beta (l-old) (DRO 2405.19107; Kimi 1.5 2501.12599)."""
 
     beta: float
     bounds = {"beta": NON_NEGATIVE}
@@ -205,20 +228,25 @@ class DRO(OneRow):
 
 @objective
 class AsymRE(OneRow):
-    """`-(A - baseline) l`, A = R - V_mu (2506.20520)."""
+    """`-(A - baseline) l`, coef -(A - baseline), A = R - V_mu (2506.20520)."""
 
     baseline: float = -0.1
 
 
 @objective
 class TOPRToken(OneRow):
-    """A >= 0: `-A l`; A < 0: `-sg(clamp(w, 0, 1)) A l` (token form of 2503.14286)."""
+    """A >= 0: `-A l`; A < 0: `-sg(clamp(w, 0, 1)) A l` (token form of TOPR, 2503.14286).
+
+    coef -A, or -clamp(w) A.
+    """
 
 
 @objective
 class DistillToken(OneRow):
-    """`-sg((ref - l) clamp(w, low, high)) l`, ref = the teacher's log-probs; w = 1 without
-    behavior_logps.
+    """`-sg((ref - l) clamp(w, low, high)) l`, ref = the teacher's log-probs of sampled tokens.
+
+    coef minus that weight: the gradient of reverse KL on samples of mu (MiniLLM 2306.08543).
+    w = 1 without behavior_logps.
     """
 
     low: float = 0.0
@@ -235,8 +263,14 @@ class DistillToken(OneRow):
 
 @objective
 class KL(Objective):
-    """KL estimator of D = l - anchor: k1 = D, k2 = D^2/2, k3 = exp(-D)-1+D, k3_is = r k3; anchor
-    ref, old or mu.
+    """An estimator of KL(policy || anchor), of D = l - anchor; anchor ref, old or mu.
+
+        k1     D                coef 1
+        k2     D^2/2            coef D
+        k3     exp(-D) - 1 + D  coef 1 - exp(-D)
+        k3_is  r k3             coef r D, the gradient of reverse KL on samples of old
+
+    (Schulman 2020, joschu.net/blog/kl-approx.html; k3_is: DeepSeek-V3.2)
     """
 
     kind: str = "k3"
@@ -254,7 +288,10 @@ class KL(Objective):
 
 @objective
 class Entropy(Objective):
-    """H of the row's distribution; subtract it as a bonus. Gradient -p (log p + H)."""
+    """`H = -(p * p.log()).sum(-1)` of the row; subtract it as a bonus (A3C, 1602.01783).
+
+    Gradient in the logits -p_v (log p_v + H).
+    """
 
     def terms(self, has_mu=False):
         return (Term("entropy_term", 1.0),)
@@ -262,7 +299,7 @@ class Entropy(Objective):
 
 @objective
 class ZLoss(Objective):
-    """`lse^2`."""
+    """`z.logsumexp(-1) ** 2`; gradient in the logits 2 lse p_v. (PaLM, 2204.02311, sec. 5)"""
 
     def terms(self, has_mu=False):
         return (Term("z_loss", 1.0),)

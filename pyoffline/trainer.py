@@ -1,5 +1,4 @@
-"""OfflineTrainer: transformers.Trainer whose loss is `linear_policy_loss` on the base model's
-hidden states.
+"""OfflineTrainer: transformers.Trainer with `linear_policy_loss` on the base model's output.
 
 The model's own forward, and with it the [N, V] logits, is never run. Weights over all micro-batches
 and ranks come from step_weights.py; a non-finite gradient stops before the optimiser step;
@@ -46,14 +45,11 @@ UNIT_MEANS = {"sequence", "pair", "group"}
 
 
 class NonFiniteGradientError(FloatingPointError):
-    """The gradient is NaN or inf. Nothing was updated: the model is as it was after the last good
-    step.
-    """
+    """The gradient is NaN or inf; the model is as it was after the last good step."""
 
 
 class OfflineTrainer(SafeCheckpoints, Trainer):
-    """Trains `model` on `objective` (default NLL) without logits; everything else is
-    transformers.Trainer.
+    """Trains `model` on `objective` (default NLL) without logits.
 
     A batch holds input_ids, labels (both unshifted, as transformers has them) and the columns that
     the objective reads, each [B, T] at its token's own position, or advantages [B]; for objectives
@@ -138,9 +134,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         return batches, self._add_weights(batches).to(device) if batches else None
 
     def _add_weights(self, batches: list[dict]) -> Tensor:
-        """Puts `weights` into batches that have none, at their tokens' own positions. Returns the
-        number of tokens.
-        """
+        """Puts `weights` into batches, at their tokens' own positions; returns their number."""
         given = [b for b in batches if "weights" in b]
         if given:
             if len(given) < len(batches):
@@ -188,9 +182,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             meter.add({k: v for k, v in metrics.items() if k in self._unit_metrics}, live)
 
     def _fused_forward(self, model, inputs) -> LossOutput:
-        """Runs the loss as the forward of the wrapped model, so that DDP, FSDP2 and DeepSpeed hooks
-        see it.
-        """
+        """Runs the loss as the forward of the wrapped model: DDP, FSDP2, DeepSpeed hooks see it."""
         inner = self.accelerator.unwrap_model(model)
 
         def forward(**batch):
@@ -207,9 +199,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
             return model(**inputs)
 
     def _tokens(self, batch: dict) -> TokenBatch:
-        """The batch's columns, shifted to the positions that predict them; only what the objective
-        reads.
-        """
+        """The columns that the objective reads, shifted to the positions that predict them."""
         program = program_of(self.objective, "behavior_logps" in batch)
         shape, reads = batch["input_ids"].shape, {*program.reads, *program.optional, "omega"}
         reads = reads.union(program.sequence_reads, *program.one_of)
@@ -244,9 +234,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
         return stack
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm that transformers logs; stops every rank when it is not finite (it is the same
-        on all).
-        """
+        """The norm that transformers logs; one that is not finite, the same on all, stops all."""
         norm = super()._get_grad_norm(model, grad_norm)
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled():
@@ -335,9 +323,7 @@ class OfflineTrainer(SafeCheckpoints, Trainer):
 
 
 class Meter:
-    """Running means of metrics, weighted by tokens, on the device; `num_*` are sums, `*min` and
-    `*max` the extremes.
-    """
+    """Means of metrics by tokens, on the device; sums of `num_*`, extremes of `*min`, `*max`."""
 
     def __init__(self):
         self.values: dict[str, Tensor] = {}

@@ -1,5 +1,4 @@
-"""OfflineConfig: transformers.TrainingArguments with the fields of this library and defaults that
-hide nothing.
+"""OfflineConfig: transformers.TrainingArguments, our fields, and defaults that hide nothing.
 
 Not here: the trainer (trainer.py); what a run needs beside it, model, data and objective
 (config.py).
@@ -27,8 +26,7 @@ LEAST = {
 
 @dataclass
 class OfflineConfig(TrainingArguments):
-    """TrainingArguments plus how losses aggregate. Changed defaults are listed; everything else is
-    transformers' own.
+    """TrainingArguments plus how losses aggregate; what else changes is listed.
 
     Args:
         aggregation: a mode of `pyoffline.token_weights`, over all micro-batches and ranks of an
@@ -87,9 +85,7 @@ class OfflineConfig(TrainingArguments):
             yield f"horizon: aggregation {self.aggregation} divides by none; leave it out"
 
     def _numbers(self):
-        """What is wrong with the numbers that transformers takes and no run survives, or that end
-        one at step 0.
-        """
+        """What is wrong with numbers that transformers takes and that no run survives."""
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -1,5 +1,4 @@
-"""One run from a configuration: model, tokenizer, data, trainer, checkpoint. The code behind
-`pyoffline train`.
+"""One run from a configuration: what is behind `pyoffline train`.
 
 Not here: reading the configuration (config.py), the command line (cli.py).
 """
@@ -33,8 +32,7 @@ class RunResult:
 def run_training(
     config: RunConfig, resume: bool = False, check_only: bool = False
 ) -> RunResult | None:
-    """Train. With `check_only`, load and check everything and stop before the first step (None
-    comes back).
+    """Train; with `check_only` load and check everything, stop before the first step, return None.
 
     ConfigError, DataError: nothing was started. NonFiniteGradientError: stopped before the
     optimiser step.
@@ -114,8 +112,9 @@ def load_tokenizer(model: ModelConfig, key: str = "model.path"):
 
 
 def load_model(model: ModelConfig, key: str = "model.path", kind: str = "causal"):
-    """The causal LM (kind "reward": a classifier of one score, new on top of a causal LM) from
-    safetensors; ConfigError where there is none.
+    """The causal LM, or for kind "reward" a classifier of one score on it, from safetensors.
+
+    ConfigError where there is none.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

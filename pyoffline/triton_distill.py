@@ -1,5 +1,7 @@
-"""Distillation on the Triton backend: the Triton row pass over two rows; the k + 1 buckets of a
-top-k teacher in `triton_top_k.py`. Not here: the loop (`distill_loop.py`), the kernels.
+"""Distillation on the Triton backend: the Triton row pass over two rows.
+
+Not here: the k + 1 buckets of a top-k teacher (`triton_top_k.py`), the loop
+(`distill_loop.py`), the kernels.
 """
 
 import dataclasses

@@ -113,9 +113,7 @@ class TopKRows:
         return total
 
     def _listed(self, log_s: Tensor, dz: Tensor) -> Tensor:
-        """dlogits [C, k] of the listed entries: the objective's (see `reference.row_gradient`) and
-        the divergences'.
-        """
+        """dlogits [C, k] of the listed entries: the objective's and the divergences'."""
         ids, vocab = self.teacher.ids, self.logits.shape[1]
         a, b, c, e = self.rows.coefs.double()[:, :, None].unbind()
         s = log_s[:, : ids.shape[1]].exp()

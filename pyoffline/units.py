@@ -45,9 +45,7 @@ def unit_of(objective) -> str:
 
 
 def weighs_of(objective) -> frozenset[str]:
-    """What the default weights of the coupled rows average over: token, sequence, pair, group,
-    chosen.
-    """
+    """What the coupled rows' default weights average over: "token", "sequence", "pair", ..."""
     return frozenset(row.weighs for row in coupled_rows(objective))
 
 
@@ -63,8 +61,9 @@ def refuse_mixed_weights(objective, aggregation: str) -> None:
 
 
 def make_units(samples: Sequence, unit: str) -> list:
-    """Items of a training set: samples, or tuples of them. Pairs lie one after the other; rows of a
-    group come in file order, wherever they stand.
+    """Items of a training set: samples, or tuples of them.
+
+    Pairs lie one after the other; rows of a group come in file order, wherever they stand.
     """
     if unit == "pair":
         return list(zip(samples[0::2], samples[1::2], strict=True))

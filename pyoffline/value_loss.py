@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """`0.5 * max((v - R)^2, (v_old + clamp(v - v_old, -clip, clip) - R)^2)`, weighted and summed
-    (1707.06347).
+    """`0.5 * max((v - R)^2, (v_old + (v - v_old).clamp(-clip, clip) - R)^2)`, weighted and summed.
 
-    `ValueLoss(clip=0.2)(values, returns, old_values)`; `clip=None` is the plain square.
+    `ValueLoss(clip=0.2)(values, returns, old_values)`; `clip=None` is the plain square. (PPO,
+    1707.06347, eq. 9; the clip is that of OpenAI baselines' ppo2.)
     """
 
     clip: float | None = None

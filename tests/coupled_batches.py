@@ -1,6 +1,4 @@
-"""Batches of sequences for the tests of coupled objectives, packed or padded, and ways to run
-them.
-"""
+"""Batches of sequences for the tests of coupled objectives, and ways to run them."""
 
 import coupled_oracle
 import torch

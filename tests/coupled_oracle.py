@@ -1,6 +1,6 @@
 """What is true for coupled objectives: plain PyTorch, one sequence (or group) at a time, autograd.
 
-Written from OBJECTIVES.md, section 2, with explicit `.detach()`; it never calls the package's own
+Written from the papers' formulas with explicit `.detach()`; it never calls the package's own
 maths. In fp64 it is the truth, in the data's dtype the reference whose error is the bar.
 """
 

@@ -236,8 +236,10 @@ def run_one(rng, counts):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1000, help="calls (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the arguments (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     rng = random.Random(options.seed)
     torch.manual_seed(options.seed)

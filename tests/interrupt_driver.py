@@ -20,9 +20,7 @@ from pyoffline import cli, run_folder
 
 
 def child(argv, log, number=None, after=0.0, twice=False):
-    """A forked `pyoffline`; with `number`, its group gets that signal after so many seconds of its
-    processor time.
-    """
+    """A forked `pyoffline`; `number`: a signal to its group after so much processor time."""
     pid = os.fork()
     if pid:
         return pid

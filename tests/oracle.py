@@ -1,8 +1,8 @@
 """What is true: every token-local objective as plain autograd, and the head in plain PyTorch.
 
-Written from the loss column of OBJECTIVES.md with explicit `.detach()`. It never calls the
-package's own maths: a mistake there must not be repeated here. Run in fp64 it is the truth, run in
-the data's own dtype it is the reference whose error is the bar.
+Written from the papers' formulas with explicit `.detach()`. It never calls the package's own maths:
+a mistake there must not be repeated here. Run in fp64 it is the truth, run in the data's own dtype
+it is the reference whose error is the bar.
 """
 
 from dataclasses import dataclass, field

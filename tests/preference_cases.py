@@ -1,7 +1,7 @@
 """Preference objectives for the tests: a batch of pairs in groups, and every objective beside a
 plain autograd formula of its loss in terms of per-sequence numbers.
 
-The formulas are written from OBJECTIVES.md section 3 and never call the package's own maths.
+The formulas are written from the papers and never call the package's own maths.
 """
 
 import math

@@ -35,7 +35,7 @@ def groups(draw):
     return rewards, ids, [draw(st.integers(1, 9)) for _ in ids]
 
 
-def grouped(fn, rewards, ids, *more):
+def grouped(fn, ids):
     """fn(i, members) per row, members being the row numbers of the group."""
     return [fn(i, [j for j, h in enumerate(ids) if h == g]) for i, g in enumerate(ids)]
 
@@ -48,7 +48,7 @@ def oracles(r, ids, lengths):
         def one(i, rows):
             return fn(i, rows) if len({r[j] for j in rows}) > 1 else 0.0
 
-        return grouped(one, r, ids)
+        return grouped(one, ids)
 
     def weigh(i, rows):
         if all(r[j] == 0 for j in rows):
@@ -79,8 +79,8 @@ def oracles(r, ids, lengths):
             of(lambda i, m: r[i] - mean([r[j] for j in m if j != i])),
         ),
         "opo": (adv.opo(t, g, lengths=n), of(lambda i, m: r[i] - baseline(m))),
-        "rwr": (adv.rwr(t, g, lam=2.0), grouped(weigh, r, ids)),
-        "astar": (adv.astar_value(t, g, beta1=0.5), grouped(value, r, ids)),
+        "rwr": (adv.rwr(t, g, lam=2.0), grouped(weigh, ids)),
+        "astar": (adv.astar_value(t, g, beta1=0.5), grouped(value, ids)),
     }
 
 

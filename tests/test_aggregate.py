@@ -9,7 +9,6 @@ import pyoffline as po
 from pyoffline.aggregate import ALIASES, MODES, GlobalCounts, shift_labels, token_weights
 
 F64 = torch.float64
-SEQUENCE_MODES = [m for m in MODES if MODES[m].count in ("sequences", "prompts")]
 
 
 def loop_weights(mask, mode, groups, horizon):
@@ -134,9 +133,7 @@ def test_splits_through_a_sequence(mode, batch, cut):
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "token-mean-local"])
 def test_hosts_that_average_are_undone(mode):
-    """2 ranks x 3 micro-batches, each average of the host cancelled: the result is the full
-    batch's.
-    """
+    """2 ranks x 3 micro-batches, the host's averages cancelled: the result of the full batch."""
     full = torch.rand(12, 5, generator=torch.Generator().manual_seed(0)) > 0.3
     groups = [0] * 2 + [1] * 2 + [2] * 2 + [3] * 2 + [4] * 2 + [5] * 2
     losses = torch.randn(12, 5, dtype=F64)

@@ -28,9 +28,7 @@ WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
 @pytest.fixture
 def run(tmp_path):
-    """A trainer after one step, with checkpoint-1; then every weight moves by 1 and the step is
-    2.
-    """
+    """A trainer at step 2 with checkpoint-1: since then every weight has moved by 1."""
     folder = tmp_path / "run"
     trainer, _ = make_trainer(
         folder,

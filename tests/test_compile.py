@@ -268,7 +268,6 @@ def test_a3_use_backend_and_chunk_plan_hold_for_a_graph_compiled_before():
 HEAD = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
 SOFTCAP = torch.tensor([5.0, 0.5, 2.0], dtype=torch.float64)
 PLAN = [3, 0, 0]
-LINEAR_ROWS = (0, 1, 5)  # positions of vectors in `vectors`: weights, old, adv
 
 
 def _linear_args(

@@ -1,6 +1,4 @@
-"""Coupled objectives on every backend: accuracy, and what does not count or is broken (PROMISES N1
-to N5, N8, N9).
-"""
+"""Coupled objectives on every backend (PROMISES N1 to N5, N8, N9)."""
 
 import math
 from dataclasses import replace

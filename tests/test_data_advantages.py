@@ -1,6 +1,4 @@
-"""Advantages by name over a whole file: every name equals its function, chains, and what is refused
-before step 0.
-"""
+"""Advantages by name over a file: equal to their functions, chained, refused before step 0."""
 
 import math
 

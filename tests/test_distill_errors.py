@@ -1,6 +1,4 @@
-"""Bad arguments of linear_distill_loss are errors that say what to do (PROMISES N12), and how
-divergences compose.
-"""
+"""Bad arguments of linear_distill_loss (PROMISES N12), and how divergences compose."""
 
 import pytest
 import torch

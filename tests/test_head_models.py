@@ -1,5 +1,4 @@
-"""Head.of and backbone against the installed transformers: real forwards of tiny models, and every
-forward as text.
+"""Head.of and backbone against the installed transformers: tiny models, and forwards as text.
 
 Truth is `model(input_ids).logits` in fp32. The config values are chosen so that a missing scale,
 softcap or cut shows.

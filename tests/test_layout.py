@@ -1,5 +1,6 @@
-"""The house (DESIGN.md section 3, STYLE.md), read from the AST: imports point one way, files and
-functions stay short, nothing in the package unpickles, evaluates or starts a shell (PROMISES T4).
+"""The house, read from the AST: imports point one way, files and functions stay short.
+
+Nothing in the package unpickles, evaluates or starts a shell (PROMISES T4).
 """
 
 import ast

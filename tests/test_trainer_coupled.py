@@ -40,9 +40,7 @@ def rows(n, seed=0):
 
 
 def logps_of(model, s):
-    """One forward for a sequence: Llama's norm is fp32 inside, so gradients of two would round
-    apart.
-    """
+    """One forward a sequence: Llama's norm is fp32, so two gradients would round apart."""
     return token_terms(model, s)[0]
 
 

@@ -1,6 +1,4 @@
-"""A tiny Llama, ragged samples with every column, and a trainer on them: what the tests of training
-share.
-"""
+"""A tiny Llama, ragged samples with every column, and a trainer on them."""
 
 import math
 

@@ -1,8 +1,8 @@
-// The CPU kernels that bindings.cpp calls: one set of functions, the widest ISA the CPU has.
+// The CPU kernels that the bindings call: one set of functions, the widest ISA the CPU has.
 //
 // Arguments are already checked. `threads` is an upper bound: small work, a forked child and
 // threads <= 1 run serially, and no result depends on the count. Nothing here allocates more than a
-// row's worth of scratch. Not here: the GEMMs (gemm.cpp), argument checks (bindings.cpp).
+// row's worth of scratch. Not here: the GEMMs (gemm.cpp), argument checks (bind*.cpp).
 #pragma once
 
 #include <cstdint>
@@ -45,8 +45,7 @@ void scale_cast_2d(const float* src, int64_t src_stride, void* dst, DType dst_ty
 void column_sum(const void* x, DType type, int64_t stride, int64_t rows, int64_t cols, float* out,
                 bool accumulate, int threads);
 
-// sum(values * weights) in fp64 and a fixed order; weights may be null; an entry of weight 0 is
-// skipped.
+// sum(values * weights) in fp64, a fixed order, without entries of weight 0; weights may be null.
 double weighted_sum(const float* values, const float* weights, int64_t n);
 
 // name -> enum Code, in the order of objectives.h.

@@ -1,5 +1,4 @@
-// The sweeps over two rows, on Vec: sums of the divergences, then dlogits in place of the student's
-// logits.
+// The sweeps over two rows, on Vec: sums of the divergences, then dlogits over the student's row.
 //
 // Both rows go block by block through buffers in L1 as log-probs and probabilities, so that what
 // is compiled for every pair of storage types is the loading only. Sums run in two levels: fp32
@@ -138,8 +137,8 @@ void pair_sums(const RowPair& pair, const DivergenceTerm* terms, int32_t n, Dive
   }
 }
 
-// dz of one block without the softcap's derivative: the objective's (but for the label), then the
-// divergences'.
+// dz of one block, without the softcap's derivative: the objective's (but for the label), plus the
+// divergences' own.
 void block_dz(const PairBlocks& blocks, const RowGradient* objective,
               const DivergenceGradient* terms, int32_t n, float* dz) {
   const F none = Vec::set(0.0f);

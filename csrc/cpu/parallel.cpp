@@ -1,5 +1,4 @@
-// Which process loaded this library: tells parallel_for and the GEMMs that they run in a forked
-// child.
+// Which process loaded this library: parallel_for and the GEMMs ask whether they run in a fork.
 #include "parallel.h"
 
 #include <unistd.h>

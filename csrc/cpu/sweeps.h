@@ -129,7 +129,7 @@ struct Totals {
   int64_t ones;
 };
 
-// One block's partial sums, two lanes sets deep. kLevel: see RowSums. kPeak: count entries at the
+// One block's partial sums, in two sets of lanes. kLevel: see RowSums. kPeak: count entries at the
 // maximum apart.
 template <int kLevel, bool kPeak>
 struct BlockSums {

@@ -2,9 +2,9 @@
 //
 // exp: n = round(x log2 e), r = x - n ln 2 in two parts, a degree-6 polynomial (relative error
 // 3e-9) and one scaling by 2^n, which rounds a denormal result correctly. exp(0) == 1, exp(x) == 0
-// for x <= -104, inf above 88.73, NaN stays NaN. tanh: an odd polynomial below 0.625 (Cephes), 1 -
-// 2 q / (1 + q) with q = exp(-2|x|) above. Not here: log, which the row pass needs once a row, in
-// fp64.
+// for x <= -104, inf above 88.73, NaN stays NaN.
+// tanh: an odd polynomial below 0.625 (Cephes), above it 1 - 2 q / (1 + q) with q = exp(-2|x|).
+// Not here: log, which the row pass needs once a row, in fp64.
 #pragma once
 
 namespace pyoffline {

@@ -1,12 +1,21 @@
 // Four fp32 lanes in GCC vector extensions: SSE2 on any x86-64, NEON on aarch64. Also the
 // definition of what Vec means:
 //
-// max(a, b), min(a, b): b where either is NaN. less, drop_zero: a comparison with NaN is false.
-// keep_above(key, low, x): 0 where key <= low, x where key is NaN. count_zero: lanes == 0. keep(x,
-// n, fill): the first n lanes of x. scale_by_power(x, n): x 2^n for whole n in [-151, 129], rounded
-// once. split(x, &n): x / 2^n in [1, 2) of a positive normal x. Sum: fp32 lanes added up in fp64.
-// load(p, n), store(p, x, n): the first n lanes; absent lanes are read as 0. Where there is no FMA,
-// fma rounds twice: results differ in the last bit between instruction sets, never within one.
+//   max(a, b), min(a, b)     b where either is NaN
+//   less(a, b, yes, no)      yes where a < b; a comparison with NaN is false
+//   any_greater(a, b)        whether a > b in a lane
+//   drop_zero(key, x)        0 where key == 0, else x, also where key is NaN
+//   keep_above(key, low, x)  0 where key <= low, else x, also where key is NaN
+//   count_zero(x)            number of lanes == 0
+//   keep(x, n, fill)         the first n lanes of x, fill in the others
+//   scale_by_power(x, n)     x 2^n for whole n in [-151, 129], rounded once
+//   split(x, &n)             x / 2^n in [1, 2) of a positive normal x
+//   first(x), max_lane(x)    one lane as a float
+//   Sum                      fp32 lanes added up in fp64: zero_sum, accumulate, total
+//   load(p, n), store(p, x, n)  the first n lanes; absent lanes are read as 0
+//   store_number(p, x)       store of lanes without NaN
+// Where there is no FMA, fma rounds twice: results differ in the last bit between instruction sets,
+// never within one.
 #pragma once
 
 #include "half_bits.h"

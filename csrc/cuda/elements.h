@@ -1,5 +1,4 @@
-// 16 bytes of a row of logits as fp32 values, and back: the only place that knows dtypes and
-// intrinsics.
+// 16 bytes of a row of logits as fp32 values, and back. Only here are dtypes and intrinsics known.
 //
 // Every function has a device text and a host text of the same meaning; tests/cuda_host runs the
 // host one. NaN: widen keeps it, packet_max passes it over (the sums carry it), narrow keeps it.

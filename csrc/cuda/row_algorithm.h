@@ -91,6 +91,7 @@ class RowAlgorithm : private RowSweeps<T, Group> {
     keep.label_y = ordered(widen(logits()[label()]), label());
   }
 
+  // The scalar half, by the block's first warp. Each part leaves its results in shared memory, so
   // that none has to keep the others' registers.
   PYOFFLINE_HD void finish() {
     double sums[kSums] = {0, 0, 0, 0, 0, 0};

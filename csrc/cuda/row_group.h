@@ -10,8 +10,7 @@
 //   block_sync()                        barrier of this block; sync(): of all blocks. Both order
 //                                       memory: what was written before is seen after
 //   arrive() wait()                     a barrier of all blocks in two halves, after which none
-//   reads
-//                                       its peers' memory; orders no writes
+//                                       reads its peers' memory; orders no writes
 //   shared() peer(b)                    this block's Shared, and block b's (read only)
 //   packets()                           this block's row memory
 //   copy(to, from) commit()             16 bytes into the row memory, asynchronously, in groups;

@@ -1,5 +1,5 @@
 // How a launch is shaped: blocks of a cluster, threads of a block, packets of row memory.
-// Arithmetic only, for the device's limits; the host tests and `_C.cuda_plan` call it too.
+// Arithmetic only, for the device's limits; the host tests call it too (tests/cuda_host).
 //
 // A row is shared by the smallest cluster whose part leaves room for four blocks on a
 // multiprocessor: while one block waits for its row, the others compute or write. A row that no

@@ -257,7 +257,6 @@ class RowSweeps : protected RowSlots<T, Group> {
     }
   }
 
-  // The scalar half, by the block's first warp. Each part leaves its results in shared memory, so
   int peak_ = 0;  // the slot that holds the maximum, or -1
   float offset_ = 0.0f;
   Transform transform_{};

@@ -1,3 +1,1 @@
-"""`pyoffline demo`: the same fine-tuning in less memory, and learning from one file of offline
-samples; one figure each.
-"""
+"""`pyoffline demo`: the same training in less memory, and learning from one file of samples."""

@@ -62,7 +62,7 @@ def make_behaviour(settings: LearningSettings, train) -> Behaviour:
     drawn = settings.output / "drawn.jsonl"
     samples = settings.output / "samples.jsonl"
     rewards = write_samples(settings, split, folder, drawn)
-    difference = add_scores(settings, folder, drawn, samples)
+    difference = add_scores(folder, drawn, samples)
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()
     return Behaviour(folder, samples, split, digest, sum(rewards) / len(rewards), difference)
 
@@ -175,7 +175,7 @@ def prompt_ids(tokenizer, problems) -> torch.Tensor:
     return torch.tensor(tokenizer([p.prompt for p in problems])["input_ids"])
 
 
-def add_scores(settings, folder: Path, drawn: Path, samples: Path) -> float:
+def add_scores(folder: Path, drawn: Path, samples: Path) -> float:
     """`pyoffline score` in this process: `samples` is `drawn` with `old_logps`. Returns the largest
     difference from the sampler's own log-probs.
     """

@@ -1,5 +1,4 @@
-"""How much context fits: two training steps at each length, in a process that may hold a fixed
-amount of memory.
+"""How much context fits: two training steps at each length, under a fixed limit of memory.
 
 The limit is real. Before the model is loaded, RLIMIT_DATA is set so that resident memory and all
 private memory still to come stay within it; where a step does not fit, the allocation itself fails.

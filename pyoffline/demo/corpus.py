@@ -21,9 +21,7 @@ def source_files() -> list[Path]:
 
 
 def read_texts(files: list[Path], limit: int) -> list[str]:
-    """Contents of `files` until `limit` bytes of text are there; files that are not UTF-8 are
-    passed over.
-    """
+    """Contents of `files` until there are `limit` bytes of text; what is not UTF-8 is left out."""
     texts, size = [], 0
     for path in files:
         try:
@@ -38,9 +36,7 @@ def read_texts(files: list[Path], limit: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], folder: Path, vocab: int = VOCAB):
-    """A byte-level BPE of `vocab` entries, as a transformers tokenizer in `folder`; a finished one
-    there is reused.
-    """
+    """A byte-level BPE of `vocab` entries in `folder`, or the finished one that is there."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -60,9 +56,7 @@ def train_tokenizer(texts: list[str], folder: Path, vocab: int = VOCAB):
 
 
 def pieces(texts: list[str], tokenizer, length: int) -> Iterator[str]:
-    """Cuts of about `length` tokens at line ends, never shorter than length except where a file
-    ends (dropped).
-    """
+    """Cuts of about `length` tokens at line ends, never shorter; the rest of a file is dropped."""
     for text in texts:
         if len(text) < 4 * length:
             continue
@@ -74,9 +68,7 @@ def pieces(texts: list[str], tokenizer, length: int) -> Iterator[str]:
 
 
 def long_pieces(texts: list[str], tokenizer, length: int) -> Iterator[str]:
-    """`pieces` of neighbouring files, for contexts that no one file fills: characters enough for
-    two of them.
-    """
+    """`pieces` of neighbouring files, joined until there are characters enough for two."""
     wanted, joined, size = 16 * length, [], 0
     for text in texts:
         joined.append(text)

@@ -48,9 +48,7 @@ def busy(stock: Run, ours: Run) -> bool:
 
 
 def summary(stock: Run, ours: Run) -> dict[str, float]:
-    """The figure's numbers: ratios are stock / pyoffline, differences are of the loss at the same
-    step.
-    """
+    """The figure's numbers: ratios stock / pyoffline, differences of the losses step by step."""
     differences = [abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)]
     return {
         "first_loss_stock": stock.losses[0],

@@ -62,9 +62,7 @@ class Judge:
         )
 
     def kl(self, model) -> tuple[float, float]:
-        """KL from the behaviour policy and its standard error, on one fresh answer a held-out
-        problem.
-        """
+        """KL from the behaviour policy, its standard error; one fresh answer a held-out problem."""
         generator = torch.Generator().manual_seed(1)
         eos = self.tokenizer.eos_token_id
         drawn = policy.sample(model, self.prompts, arithmetic.MAX_ANSWER, eos, generator)

@@ -122,9 +122,7 @@ def prepare_data(settings: NumbersSettings) -> tuple[list[str], object]:
 
 
 def prepare_model(settings: NumbersSettings) -> int:
-    """A Llama with random weights in the output folder, beside its tokenizer. Returns its number of
-    parameters.
-    """
+    """A Llama with random weights beside its tokenizer; returns its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -152,9 +150,7 @@ def prepare_model(settings: NumbersSettings) -> int:
 def write_config(
     settings: NumbersSettings, name: str, loss: str, data: str = "train.jsonl"
 ) -> Path:
-    """CONFIG.yaml of one run; the two of a pair differ in `loss` and in the output folder, which is
-    made anew.
-    """
+    """CONFIG.yaml of one run; a pair differs in `loss` and in the output folder, made anew."""
     shutil.rmtree(settings.output / name, ignore_errors=True)
     config = {
         "model": str(settings.output / "model"),

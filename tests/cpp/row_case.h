@@ -1,5 +1,4 @@
-// One call of the row pass with its memory, and the same row in fp64, for row_pass_test.cpp and
-// row_pass_time.cpp.
+// One call of the row pass with its memory, and the same row in fp64: for the programs beside it.
 //
 // `check` runs a case with given coefficients and compares statistics and gradient with `truth`,
 // elementwise. Not here: cases.

@@ -1,5 +1,4 @@
-// Times the CPU row pass on [1024, 151936] for every instruction set and dtype: row_pass_time
-// [cpu].
+// row_pass_time [cpu]: times the CPU row pass on [1024, 151936], every instruction set and dtype.
 //
 // A PPO term with all statistics, on one line of noise repeated. Build: tests/cpp/build.sh. Not
 // here: the GEMMs, which bench/ compares with, and any check of the numbers (row_pass_test.cpp).

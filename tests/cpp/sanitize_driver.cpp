@@ -1,5 +1,4 @@
-// Random and edge calls of the CPU kernels on buffers of the exact size, for ASan, UBSan and TSan
-// builds.
+// Random and edge calls of the CPU kernels on buffers of the exact size: for sanitizer builds.
 //
 // Every array is its own malloc of exactly the bytes that the call may touch, so that one element
 // too many is a report. The vendor GEMMs are naive stand-ins exported from this program, found the

@@ -1,5 +1,4 @@
-"""What one mutation is: a bug put back into the tree by replacing text, and the tests that must see
-it.
+"""What one mutation is: a bug put back by replacing text, and the tests that must see it.
 
 Not here: the bugs (`mutations.py`: the historical ones, `more_mutations.py`: our own), the driver
 (`run.py`).

@@ -1,5 +1,4 @@
-"""The suite's teeth: puts bugs back into a copy of the tree, one by one, and looks whether the
-named tests fail.
+"""The suite's teeth: puts bugs back into a copy of the tree and looks whether tests fail.
 
 `python tests/teeth/run.py [--only 1,101] [--json PATH]` (`make teeth`). First the named tests pass
 on the unmutated copy; then, for each mutation, its text is replaced, the objects that include a
@@ -238,7 +237,7 @@ def prepare(folder: Path, extension: Extension, mutations) -> str:
 
 
 def summary(rows: list[dict]) -> tuple[str, bool]:
-    """(one line a kind, whether the teeth are what PROMISES.md asks for)."""
+    """(one line a kind, whether the teeth are what was promised)."""
     lines, good = [], True
     for kind, chosen in (
         ("historical", [r for r in rows if r["number"] < 100]),
