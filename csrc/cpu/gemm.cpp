@@ -1,8 +1,8 @@
 // Panels around the vendor GEMM; see gemm.h.
 //
-// On MKL a panel is a strip of V whose fp32 result is rounded while it is still in cache, so the [C,V] or
-// [V,D] fp32 matrix never exists. The inner size of dhidden is split too: the vendor's blocking
-// loses at V = 150,000.
+// On MKL a panel is a strip of V whose fp32 result is rounded while it is still in cache, so the
+// [C,V] or [V,D] fp32 matrix never exists. The inner size of dhidden is split too: the vendor's
+// blocking loses at V = 150,000.
 #include "gemm.h"
 
 #include <algorithm>

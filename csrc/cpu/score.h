@@ -8,7 +8,8 @@
 namespace pyoffline {
 
 // rows.logits and rows.dlogits are not read; rows.logits_type is what a logit is rounded to. MKL
-// multiplies at most block_rows rows at a time, the tile kernel all of them. Throws where the vendor GEMM is missing.
+// multiplies at most block_rows rows at a time, the tile kernel all of them. Throws where the
+// vendor GEMM is missing.
 void score_rows(const Matrix& hidden, const Matrix& weight, const RowArgs& rows,
                 int64_t block_rows);
 
