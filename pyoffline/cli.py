@@ -56,7 +56,8 @@ families of `objective`, by name (docs/training.md has a configuration of each):
   preference     dpo, cpo, sim_po, alpha_po, orpo, tpo, wpo, kto  ref_model: path, or columns
   distillation   {name: distill, divergence: jsd, beta: 0.5}      teacher_model: path, or columns
                  (`pyoffline score --teacher-topk 64`); distill_token on sampled tokens
-  reward model   bradley_terry, a classifier of one score         columns chosen and rejected
+  reward model   bradley_terry, bradley_terry_variance            columns chosen and rejected
+                 plackett_luce                                    columns reward and group
 """
 
 SCORE = """\

@@ -82,8 +82,18 @@ class _Scaled(Objective):
         return Term(t.row, t.scale * self.factor, t.params, t.anchor, gate, t.custom)
 
 
+# Bounds, caps and thresholds, which may be switched off by infinity, and what divides a reward. Any
+# other infinite parameter makes every loss inf or NaN.
+MAY_BE_INFINITE = (
+    *("clip", "clip_low", "clip_high", "dual_clip", "high", "cap", "behavior_cap"),
+    *("delta", "delta_low", "delta_high", "tau"),
+)
+
+
 def check_floats(obj: Objective, skip=(), **bounds: tuple[float, float]) -> None:
-    """Every float field (not in `skip`) is a number inside its (low, high); None stays None."""
+    """Every float field (not in `skip`) is a number inside its (low, high); None stays None.
+    Infinity is inside for MAY_BE_INFINITE only.
+    """
     for f in fields(obj):
         if f.name in skip:
             continue
@@ -96,6 +106,11 @@ def check_floats(obj: Objective, skip=(), **bounds: tuple[float, float]) -> None
         if not low <= value <= high:  # false for NaN too
             raise ValueError(
                 f"{type(obj).__name__}({f.name}={value}) is outside [{low:g}, {high:g}]"
+            )
+        if math.isinf(value) and f.name not in MAY_BE_INFINITE:
+            raise ValueError(
+                f"{type(obj).__name__}({f.name}={value}): expected a finite number; "
+                f"{', '.join(MAY_BE_INFINITE)} may be infinite"
             )
 
 

@@ -26,7 +26,7 @@ import yaml
 
 from pyoffline.config_file import read_yaml
 from pyoffline.config_objective import (
-    BradleyTerry,
+    RewardObjective,
     build_objective,
     check_objective,
     nearest,
@@ -187,7 +187,7 @@ def _check_fit(config: RunConfig, errors: list[str]) -> None:
 
     try:
         objective = build_objective(config)
-        if isinstance(objective, BradleyTerry):
+        if isinstance(objective, RewardObjective):
             errors += _beside_reward(config)
             return
         unit_of(objective)

@@ -3,6 +3,7 @@
     objective: {name: ppo_clip, clip_high: 0.28}
     objective: {name: wpo, objective: {name: dpo, beta: 0.1}}       # an objective inside another
     objective: {name: distill, divergence: jsd, beta: 0.5}          # a divergence from a teacher
+    objective: {name: plackett_luce}                                # a reward model, alone
     terms: [{name: nll, scale: 0.5, weighted_by: positive}]
 
 Not here: the rest of the file (config.py).
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import pyoffline  # noqa: F401  (fills the registry)
 from pyoffline import divergences
 from pyoffline.objectives import REGISTRY, from_name, snake_case
+from pyoffline.reward_models import LINKS
 
 DISTILL = "distill"
 DIVERGENCES = {
@@ -29,13 +31,21 @@ DIVERGENCES = {
         divergences.AlphaDivergence,
     )
 }
-REWARD = "bradley_terry"
-REWARD_MODELS = ("bradley_terry_variance", "plackett_luce")
 AROUND = ("name", "scale", "weighted_by")  # keys of a term that are no parameters
 
 
+class RewardObjective:
+    """Base of what a classifier is trained on (reward_trainer.py): `scores` of each sequence, on
+    `unit`s (units.UNITS), with these `columns`.
+    """
+
+    scores = 1
+    unit = "pair"
+    columns: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
-class BradleyTerry:
+class BradleyTerry(RewardObjective):
     """`-log sigmoid(r_chosen - r_rejected - margin)`, the mean over pairs. `margin`: a number, or
     "rewards", the gap of the columns chosen_reward and rejected_reward.
     """
@@ -47,6 +57,41 @@ class BradleyTerry:
         if self.margin != "rewards" and not number:
             raise ValueError(f"bradley_terry: margin={self.margin!r}: a number or 'rewards'")
 
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"reward"} if self.margin == "rewards" else ())
+
+
+@dataclass(frozen=True)
+class BradleyTerryVariance(RewardObjective):
+    """`-log P(chosen beats rejected)` of scores with a spread of their own, the mean over pairs
+    (`reward_models.bradley_terry_variance`). The two scores of a sequence are r and log V.
+    """
+
+    link: str = "logistic"
+    scores = 2
+
+    def __post_init__(self):
+        if self.link not in LINKS:
+            raise ValueError(
+                f"bradley_terry_variance: link={self.link!r}: expected one of {', '.join(LINKS)}"
+            )
+
+
+@dataclass(frozen=True)
+class PlackettLuce(RewardObjective):
+    """`-sum_i (r_i - logsumexp of r over i and all ranked below i)`, the mean over groups; larger
+    rewards rank higher, tied answers are not compared with each other.
+    """
+
+    unit = "group"
+    columns = frozenset({"reward", "group"})
+
+
+REWARD_MODELS = {
+    snake_case(cls.__name__): cls for cls in (BradleyTerry, BradleyTerryVariance, PlackettLuce)
+}
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` or an empty string."""
@@ -56,7 +101,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def known_names() -> list[str]:
     """Every name that `objective` and `terms` may have now; registered ones of this process too."""
-    return [*REGISTRY, DISTILL, REWARD]
+    return [*REGISTRY, DISTILL, *REWARD_MODELS]
 
 
 def build_objective(config):
@@ -72,8 +117,8 @@ def make(spec: dict):
     """The object of one checked term."""
     params = {k: v for k, v in spec.items() if k not in AROUND}
     params = {k: make(v) if isinstance(v, dict) else v for k, v in params.items()}
-    if spec["name"] == REWARD:
-        return BradleyTerry(**params)
+    if spec["name"] in REWARD_MODELS:
+        return REWARD_MODELS[spec["name"]](**params)
     if spec["name"] == DISTILL:
         made = DIVERGENCES[params.pop("divergence", "forward_kl")](**params)
     else:
@@ -92,8 +137,9 @@ def check_objective(top: dict, errors: list[str]) -> None:
     for where, spec in specs:
         _check_term(where, spec, errors)
     names = [spec.get("name") for _, spec in specs if isinstance(spec, dict)]
-    if REWARD in names and (len(specs) > 1 or objective.keys() & {"scale", "weighted_by"}):
-        errors.append(f"objective: {REWARD} trains a reward model and stands alone, without terms")
+    reward = next((n for n in names if isinstance(n, str) and n in REWARD_MODELS), None)
+    if reward and (len(specs) > 1 or objective.keys() & {"scale", "weighted_by"}):
+        errors.append(f"objective: {reward} trains a reward model and stands alone, without terms")
     if top.get("loss") == "stock" and (objective != {"name": "nll"} or terms):
         errors.append(
             "loss: stock is the model's own cross entropy, so objective must be nll and terms empty"
@@ -141,15 +187,10 @@ def _parameters(where: str, spec: dict, errors: list[str]) -> list[str]:
                 f"{where}.divergence: {chosen!r} is not one of {', '.join(DIVERGENCES)}"
                 f"{nearest(chosen, DIVERGENCES)}"
             )
-    elif name == REWARD:
-        made = BradleyTerry
+    elif name in REWARD_MODELS:
+        made = REWARD_MODELS[name]
     elif name in REGISTRY:
         made = REGISTRY[name]
-    elif name in REWARD_MODELS:
-        errors.append(
-            f"{where}.name: {name!r} needs more than one score a sequence: call "
-            f"po.reward_models.{name} in a loop of your own; here reward models take {REWARD}"
-        )
     elif name in DIVERGENCES:
         errors.append(
             f"{where}.name: {name!r} is a divergence: {{name: {DISTILL}, divergence: {name}}}"

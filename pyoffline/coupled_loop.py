@@ -157,7 +157,8 @@ class _Loop:
             return
         live = (coefs != 0).any(0).nonzero()[:, 0]
         coefs, place = coefs[:, live], live + block.start
-        parts = self.plan.split(0, live.numel()) if live.numel() else []
+        # by the buffer's height: equal chunks of fewer rows may be taller than the unit's own were
+        parts = self.plan.split(0, live.numel(), self.height) if live.numel() else []
         for start, stop in parts:
             at = place[start:stop]
             pick = self.units.layout.order[at]

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from pyoffline import data_advantages, pairs, teacher_columns
 from pyoffline.config import DataConfig
-from pyoffline.config_objective import BradleyTerry
+from pyoffline.config_objective import RewardObjective
 from pyoffline.divergences import Divergence
 from pyoffline.records import TOKEN_FIELDS
 from pyoffline.row_checks import OPTIONAL, check_row, check_sample
@@ -101,9 +101,9 @@ class Needs:
         """From a composed objective; `advantages` are computed when the configuration names a
         function, and what the `models` that it names (config.FIXED_MODELS) give is not read.
         """
-        if isinstance(objective, BradleyTerry):
-            rewards = frozenset({"reward"} if objective.margin == "rewards" else ())
-            return Needs(rewards, keep=rewards, unit="pair")
+        if isinstance(objective, RewardObjective):
+            read = objective.columns
+            return Needs(read, keep=read, unit=objective.unit)
         program, unit = program_of(objective), unit_of(objective)
         either = {name for names in program.one_of for name in names}
         columns = {COLUMN_OF[name] for name in program.reads}

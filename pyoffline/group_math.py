@@ -42,7 +42,8 @@ def _renyi(c: Coupled, alpha: float, log_w: Tensor, tilt: Tensor) -> CoupledLoss
         per_group = _log_mean_exp(c, prior, alpha * log_w, direct) / alpha
     omega = c.group_spread(c.group_omega())
     log_mean = total - c.group_size().log()
-    pole = torch.where(log_mean == 0, 0.0, log_mean * math.inf)
+    # of neither sign: D_alpha changes it at 1, and groups of both would average to NaN
+    pole = torch.where(log_mean == 0, 0.0, log_mean.abs() * math.inf)
     divergence = pole if alpha == 1 else log_mean / (alpha - 1.0)
     ess = 1.0 / (c.group_size() * c.group_sum(q * q))
     return CoupledLoss(

@@ -74,7 +74,13 @@ def token_metrics(flat, program, logps, entropy, lse, log_sum_p2, is_top1) -> di
         out[f"{prefix}/min"], out[f"{prefix}/max"] = _range(weight, valid)
         out["sampling/sampling_logp_difference/mean"] = _mean(moved.abs(), valid, count)
         out["sampling/sampling_logp_difference/max"] = _range(moved.abs(), valid)[1]
-        mean = out[f"{prefix}/mean"]
-        square = _mean(weight * weight, valid, count)
-        out["ess"] = torch.where(square > 0, mean * mean / square, 0.0)
+        out["ess"] = _effective_fraction(moved, valid, count)
     return out
+
+
+def _effective_fraction(log_w: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    """`mean(w)^2 / mean(w^2)`, the largest w taken out: e^45 squared is no fp32 number."""
+    top = _range(log_w, valid)[1]
+    w = torch.exp(log_w - torch.where(top.isfinite(), top, 0.0))
+    mean, square = _mean(w, valid, count), _mean(w * w, valid, count)
+    return torch.where(square == 0, 0.0, mean * mean / square)

@@ -170,10 +170,10 @@ class UnitPlan:
         """Chunks of a block's rows: one, or equal ones that cut a long unit."""
         return self.split(block.start, block.stop)
 
-    def split(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Chunks of these rows, as equal as may be."""
-        size = max(1, stop - start)
-        rows = self.rows if self.padded else math.ceil(size / math.ceil(size / self.rows))
+    def split(self, start: int, stop: int, most: int = 0) -> list[tuple[int, int]]:
+        """Chunks of these rows, as equal as may be, of at most `most` (default: the plan's)."""
+        size, most = max(1, stop - start), most or self.rows
+        rows = self.rows if self.padded else math.ceil(size / math.ceil(size / most))
         return [(i, min(i + rows, stop)) for i in range(start, stop, rows)]
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pyoffline import run_folder, run_identity
 from pyoffline.config import ConfigError, ModelConfig, RunConfig, build_objective
-from pyoffline.config_objective import REWARD
+from pyoffline.config_objective import REWARD_MODELS
 from pyoffline.data import DataError, Needs, SampleSet, load_samples
 from pyoffline.fixed_models import outside_model
 
@@ -55,8 +55,8 @@ def run_training(
         if resume and (note := run_identity.compare(run, config)):
             sys.stderr.write(f"{note}\n")
         transformers.set_seed(args.seed)
-        kind = "reward" if config.objective["name"] == REWARD else "causal"
-        lm = load_model(config.model, kind=kind)
+        reward = REWARD_MODELS.get(config.objective["name"])
+        lm = load_model(config.model, scores=reward.scores if reward else 0)
         trainer, stop = build_trainer(config, args, lm, tokenizer, data)
         if check_only:
             return None
@@ -111,8 +111,8 @@ def load_tokenizer(model: ModelConfig, key: str = "model.path"):
         raise ConfigError(f"{key} {model.path}", [problem]) from None
 
 
-def load_model(model: ModelConfig, key: str = "model.path", kind: str = "causal"):
-    """The causal LM, or for kind "reward" a classifier of one score on it, from safetensors.
+def load_model(model: ModelConfig, key: str = "model.path", scores: int = 0):
+    """The causal LM (with `scores`: a classifier of so many, new on one), from safetensors.
 
     ConfigError where there is none.
     """
@@ -123,12 +123,14 @@ def load_model(model: ModelConfig, key: str = "model.path", kind: str = "causal"
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     made = AutoModelForCausalLM
-    if kind == "reward":
-        made, options = AutoModelForSequenceClassification, options | {"num_labels": 1}
+    if scores:
+        made, options = AutoModelForSequenceClassification, options | {"num_labels": scores}
     try:
         return made.from_pretrained(model.path, dtype=getattr(torch, model.dtype), **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: sizes differ
         problem = f"no model could be loaded: {error}"
+        if scores:
+            problem += f" (expected a causal LM, or a classifier of num_labels={scores})"
         raise ConfigError(f"{key} {model.path}", [problem]) from None
 
 
@@ -188,7 +190,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     }
     if config.loss == "stock":
         made = stock_trainer()
-    elif config.objective["name"] == REWARD:
+    elif config.objective["name"] in REWARD_MODELS:
         model.config.pad_token_id = pad  # its forward scores the last token before these
         made = partial(RewardTrainer, objective=build_objective(config))
     else:

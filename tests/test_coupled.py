@@ -200,3 +200,10 @@ def test_metrics():
     got = cb.run(batch, po.OPSM(po.GSPO(0.2, 0.2), 0.02), "reference")["metrics"]
     assert 0 < got["opsm/masked_fraction"] < 1 and 0 < got["clip_ratio/region_mean"] < 1
     assert {"num_tokens", "entropy", "approx_kl", "ess"} <= set(got)
+
+
+def test_d_alpha_at_its_pole_is_infinite_and_not_nan():
+    batch = as_fp64(cb.make("mu rewards group", seed=12, ignored=False))
+    batch["rewards"] = torch.where(batch["group"] == 7, 9.0, -9.0).double()  # a log mean each side
+    got = cb.run(batch, po.RenyiRWR(1.0), "reference")["metrics"]
+    assert got["renyi/d_alpha"] == torch.inf and got["group_ess"].isfinite()

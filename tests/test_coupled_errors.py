@@ -3,6 +3,7 @@ N12); the packing of units into chunks.
 """
 
 import dataclasses
+import math
 
 import coupled_batches as cb
 import pytest
@@ -91,6 +92,11 @@ BAD = [
     ("alpha above 1", lambda: po.AlphaELBO(1.5), ValueError, "outside"),
     ("tau 0", lambda: po.RenyiRWR(0.5, 0.0), ValueError, "outside"),
     ("clip_low", lambda: po.GSPO(1.5), ValueError, "outside"),
+    ("alpha infinite", lambda: po.RenyiRWR(math.inf), ValueError, "finite number"),
+    ("power infinite", lambda: po.SequencePowerIS(-math.inf), ValueError, "finite number"),
+    ("a token's power infinite", lambda: po.PowerIS(math.inf), ValueError, "finite number"),
+    ("k infinite", lambda: po.VESPO(k_neg=math.inf), ValueError, "finite number"),
+    ("low infinite", lambda: po.DistillToken(low=math.inf), ValueError, "finite number"),
     ("low above high", lambda: po.ImportanceWeightedSFTSequence(2.0, 3.0, 1.0), ValueError,
      "above high"),
     ("OPSM of no objective", lambda: po.OPSM(0.5, 0.1), TypeError, "OPSM"),
@@ -111,6 +117,15 @@ def test_label_outside_the_vocabulary_names_the_row_of_the_batch():
     for backend in ("reference", "cpu"):
         with po.chunk_rows(5), pytest.raises(IndexError, match="row 17 holds 999"):
             cb.run(batch, po.RenyiRWR(0.5), backend)
+
+
+def test_bounds_and_temperatures_may_be_infinite():
+    batch = cb.make("old adv")
+    wide = cb.run(batch, po.GSPO(1.0, math.inf), "reference")
+    assert wide["loss"].isfinite() and wide["dhidden"].abs().max() > 0
+    batch = cb.make("mu rewards group")
+    flat = cb.run({**batch, "rewards": batch["rewards"] * 0}, po.RenyiRWR(0.5), "reference")
+    assert cb.run(batch, po.RenyiRWR(0.5, math.inf), "reference")["loss"] == flat["loss"]
 
 
 @pytest.mark.parametrize("name", CASES)

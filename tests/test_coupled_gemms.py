@@ -88,6 +88,22 @@ def test_rows_of_coefficient_0_are_left_out_before_the_recomputation(backend, ke
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clipped", range(9))
+def test_rows_that_are_left_are_cut_by_the_height_of_the_buffer(clipped, backend):
+    # 8 rows in chunks of at most 5 are 4 and 4; the 5 that are left of them do not fit one of 4
+    batch = cb.make("old adv", lengths=(8, 8), ignored=False)
+    batch["adv"] = torch.ones(2)
+    rows = {**batch, "adv": None, "old": None}
+    logps = cb.run(rows, po.NLL(), "reference")["logps"]
+    batch["old"] = logps - torch.where(torch.arange(16) % 8 < clipped, 3.0, 0.1)
+    whole = cb.run(batch, po.GMPO(0.5), backend)
+    with po.chunk_rows(5):
+        got = cb.run(batch, po.GMPO(0.5), backend)
+    for key in ("loss", "dhidden", "dweight"):
+        torch.testing.assert_close(got[key], whole[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_entropy_term_recomputes_with_a_frozen_head(backend, kernels):
     batch = cb.make("old ref adv", lengths=(9,) * 5, ignored=False)
     seen = kernels(backend)

@@ -82,3 +82,20 @@ def test_without_advantages_every_token_wants_to_rise():
     old = -torch.tensor(4.0).log() - torch.tensor([0.5, 2.0]).log()
     got = po.policy_loss(z, po.TokenBatch(labels, old_logps=old), po.ProximalSFT()).metrics
     assert (float(got["clip_ratio/low_mean"]), float(got["clip_ratio/high_mean"])) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("offset", [44.0, 46.0, 89.0, 700.0, 1e30, -89.0, -700.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ess_is_a_ratio_of_weights_whatever_their_size(offset, backend):
+    batch = batches.make(reads=("mu", "adv"))
+    plain = batches.run(batch, po.ImportanceSampling(), backend)["metrics"]["ess"]
+    valid = (batch["labels"] != -100) & (batch["weights"] != 0)
+    batch["mu"] -= offset  # on every token: the fraction is the same
+    got = batches.run(batch, po.ImportanceSampling(), backend)["metrics"]["ess"]
+    assert got.isfinite()
+    if abs(offset) < 100:
+        torch.testing.assert_close(got, plain, rtol=1e-3, atol=0)
+    batch["mu"] += offset
+    batch["mu"][valid.nonzero()[0]] -= abs(offset)  # on one: nobody else counts
+    got = batches.run(batch, po.ImportanceSampling(), backend)["metrics"]["ess"]
+    torch.testing.assert_close(got, 1.0 / valid.sum(), rtol=1e-3, atol=0)

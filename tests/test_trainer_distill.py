@@ -276,9 +276,13 @@ BAD_CONFIGS = {
         {"objective": {"name": "bradley_terry", "margin": "wide"}},
         "margin='wide': a number or 'rewards'",
     ),
-    "more scores": (
-        {"objective": "plackett_luce"},
-        "'plackett_luce' needs more than one score a sequence",
+    "a link": (
+        {"objective": {"name": "bradley_terry_variance", "link": "logit"}},
+        "link='logit': expected one of logistic, probit, tanh",
+    ),
+    "a ranking beside terms": (
+        {"objective": "plackett_luce", "terms": [{"name": "nll"}]},
+        "plackett_luce trains a reward model and stands alone",
     ),
     "parameter": (
         {"objective": {"name": "distill", "divergence": "tvd", "beta": 0.5}},

@@ -39,20 +39,22 @@ int64_t panel_width(int64_t n, int64_t k) {
   return std::min(round_up(n, kCols), std::clamp(fit / kCols * kCols, kCols, kMaxPanel));
 }
 
-// b[:, begin : begin + cols) as tiles [cols / kCols][k / 2][kCols][2].
+// b[:, begin : begin + cols) as tiles [cols / kCols][k / 2][kCols][2]; a task reads b as it lies.
 void pack_panel(const TileProduct& p, int64_t begin, int64_t cols, int threads, uint16_t* panel) {
-  const int64_t inner = round_up(p.k, kInnerStep), blocks = count(p.k, kInner);
-  parallel_for(threads, count(cols, kCols) * blocks, [&](int64_t task) {
-    const int64_t n0 = task / blocks * kCols, k0 = task % blocks * kInner;
-    const int64_t n = std::min(kCols, cols - n0), k = std::min(kInner, p.k - k0);
-    const Bits source = {at(p.b, k0, begin + n0), p.b.row_stride};
-    uint16_t* out = panel + n0 * inner + k0 * kCols;
-    const int64_t padded = round_up(k, kInnerStep);
-    if (p.b.transposed) {
-      pack_pairs_transposed(source, k, n, padded, kCols, out);
-    } else {
-      pack_pairs(source, k, n, padded, kCols, out);
-    }
+  const int64_t inner = round_up(p.k, kInnerStep), tiles = count(cols, kCols);
+  const auto pack_tile = [&](int64_t tile, int64_t k0, int64_t k_out) {
+    const int64_t n = std::min(kCols, cols - tile * kCols), k = std::min(k_out, p.k - k0);
+    const Bits source = {at(p.b, k0, begin + tile * kCols), p.b.row_stride};
+    uint16_t* out = panel + tile * kCols * inner + k0 * kCols;
+    (p.b.transposed ? pack_pairs_transposed : pack_pairs)(source, k, n, k_out, kCols, out);
+  };
+  if (p.b.transposed) {
+    parallel_for(threads, tiles, [&](int64_t tile) { pack_tile(tile, 0, inner); });
+    return;
+  }
+  parallel_for(threads, inner / kInnerStep, [&](int64_t task) {
+    for (int64_t k0 = task * kInnerStep; k0 < (task + 1) * kInnerStep; k0 += 2)
+      for (int64_t tile = 0; tile < tiles; ++tile) pack_tile(tile, k0, 2);
   });
 }
 
