@@ -210,7 +210,7 @@ def linear_logps(
     return out[2:7]
 
 
-_NO_TERMS = torch.zeros(0, 8, dtype=torch.float64)
+_NO_TERMS = torch.zeros(0, 8, dtype=torch.float64, device="cpu")
 
 
 @linear_logps.register_fake

@@ -6,7 +6,6 @@ the op's row. Not here: the backends.
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import importlib.util
@@ -14,6 +13,8 @@ import os
 from dataclasses import dataclass
 
 import torch
+
+from pyoffline.overrides import Override
 
 DISTILL = "linear_distill_loss"
 OPS = ("linear_policy_loss", "policy_loss", "linear_token_logps", "token_logps", DISTILL)
@@ -56,7 +57,7 @@ ORDER = {
     ),
 }
 
-_choice = contextvars.ContextVar("pyoffline_backend", default="auto")
+_choice = Override("backend", "auto")
 
 
 def why_not(
@@ -139,11 +140,8 @@ def use_backend(name: str):
     home = "cpu" if name == "cpu" or interpreting() else "cuda"
     if name in ("cpu", "triton", "cuda") and (reason := why_not(name, home)):
         raise RuntimeError(f"use_backend({name!r}): {reason}")
-    token = _choice.set(name)
-    try:
+    with _choice.set(name):
         yield
-    finally:
-        _choice.reset(token)
 
 
 def pick(device: str, dtype: torch.dtype, op: str | None = None) -> str:
@@ -167,7 +165,7 @@ def pick(device: str, dtype: torch.dtype, op: str | None = None) -> str:
 def scaling_backend(grad: torch.Tensor) -> str | None:
     """The GPU backend that multiplies this gradient by an upstream on the device, or None.
 
-    Not `use_backend`'s: autograd's own thread does not see it.
+    Not `use_backend`'s: the product is the same whoever forms it.
     """
     kind = grad.device.type
     return next((n for n in GPU_BACKENDS if why_not(n, kind, grad.dtype) is None), None)

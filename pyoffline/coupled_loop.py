@@ -79,7 +79,7 @@ class _Loop:
         codes = units.inputs.codes
         self.frozen = call.needs == _HIDDEN_ONLY and logp_only(codes)
         self.loss = torch.zeros((), dtype=torch.float64, device=call.hidden.device)
-        self.metrics = torch.zeros(2, len(metric_names(codes)), dtype=torch.float64).to(self.loss)
+        self.metrics = self.loss.new_zeros(2, len(metric_names(codes)))
 
     def rows_of(self, x: Tensor | None, pick) -> Tensor | None:
         if x is None:
@@ -182,7 +182,7 @@ class _Loop:
 
     def long_frozen(self, block: Block, sequences: slice) -> None:
         """u = dlogp/dhidden in the pass that gives the statistics, then dhidden = a u."""
-        one = torch.zeros(4, self.height, dtype=self.out.logps.dtype).to(self.out.logps.device)
+        one = self.out.logps.new_zeros(4, self.height)
         one[0] = 1.0
         for start, stop in self.plan.parts(block):
             pick = self.pick(start, stop)

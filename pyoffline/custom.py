@@ -20,8 +20,8 @@ from pyoffline.objectives import CUSTOM_TERMS, MAX_PARAMS, REGISTRY, Term
 _SCALARS = ("logp", "entropy", "lse")
 _TOKEN_INPUTS = ("old", "mu", "ref", "adv")
 # Samples are negative, as log-probs are; entropies are positive, advantages and lse of both signs.
-_MIXED = torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
-_SIGNS = {"entropy": -1.0, "adv": _MIXED, "lse": _MIXED}
+_MIXED = [-1.0, 1.0, -1.0, 1.0, -1.0, -1.0, -1.0]
+_SIGNS = {"entropy": [-1.0], "adv": _MIXED, "lse": _MIXED}
 
 
 class TokenView:
@@ -60,7 +60,8 @@ class _Recorder:
             )
         seen = self.__dict__["_seen"]
         if name not in seen:
-            seen[name] = _sample(self.__dict__["_n"], len(name)) * _SIGNS.get(name, 1.0)
+            signs = torch.tensor(_SIGNS.get(name, [1.0]), dtype=torch.float64)
+            seen[name] = _sample(self.__dict__["_n"], len(name)) * signs
         return seen[name]
 
 
@@ -215,6 +216,11 @@ def custom(
         ValueError: the function mixes tokens, returns another shape, or the closed form differs.
         TypeError: it cannot be traced (a Python branch on a tensor's value).
     """
+    with torch.device("cpu"):  # where it is traced and tried, whatever the default device is
+        return _custom(fn, closed_form, params)
+
+
+def _custom(fn, closed_form, params) -> CustomObjective:
     name = getattr(fn, "__name__", "custom")
     if len(params) > MAX_PARAMS:
         raise ValueError(

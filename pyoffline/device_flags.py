@@ -14,7 +14,10 @@ _flags: dict[torch.device, torch.Tensor] = {}
 def flag_of(device: torch.device) -> torch.Tensor:
     """int64 [2] that a kernel on this device can write."""
     if device not in _flags:
-        _flags[device] = torch.zeros(2, dtype=torch.int64, pin_memory=device.type != "cpu")
+        # host memory whatever the default device is; one made in inference mode could not be reset
+        with torch.inference_mode(False):
+            flag = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=device.type != "cpu")
+        _flags.setdefault(device, flag)
     return _flags[device]
 
 

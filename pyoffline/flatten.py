@@ -106,7 +106,8 @@ def flatten_head(hidden: Tensor, head: HeadTensors) -> FlatHead:
     rounding = head.logits_dtype or flat.dtype
     if flat.dtype == torch.float64:
         rounding = torch.float64
-    scalars = torch.tensor([head.softcap, head.logit_scale, head.temperature], dtype=torch.float64)
+    scalars = [head.softcap, head.logit_scale, head.temperature]
+    scalars = torch.tensor(scalars, dtype=torch.float64, device="cpu")
     return FlatHead(*parts, scalars, ops.DTYPES.index(rounding), needs)
 
 

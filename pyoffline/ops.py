@@ -259,7 +259,7 @@ def logits_policy(
     return (loss, *stats, dlogits, unscale)
 
 
-_PLAIN_HEAD = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+_PLAIN_HEAD = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device="cpu")
 
 
 @logits_policy.register_fake

@@ -6,13 +6,13 @@ GPU, so chunks are as large as the budget allows and equally sized. Not here: ru
 """
 
 import bisect
-import contextlib
-import contextvars
 import itertools
 import math
 from dataclasses import dataclass, replace
 
 import torch
+
+from pyoffline.overrides import Override
 
 MIB = 1 << 20
 # At most 1 GiB on a GPU, 512 MiB on a CPU. There the GEMMs' own panels take up to 64 MiB beside the
@@ -26,18 +26,9 @@ ROW_MULTIPLE = 16
 # autograd glue takes it for a list of tensors.)
 READ_AT_RUN = -1
 
-_rows = contextvars.ContextVar("pyoffline_chunk_rows", default=0)
-_budget = contextvars.ContextVar("pyoffline_memory_budget", default=0)
-_deterministic = contextvars.ContextVar("pyoffline_deterministic", default=False)
-
-
-@contextlib.contextmanager
-def _override(var, value):
-    token = var.set(value)
-    try:
-        yield
-    finally:
-        var.reset(token)
+_rows = Override("chunk_rows", 0)
+_budget = Override("memory_budget", 0)
+_deterministic = Override("deterministic", False)
 
 
 def _positive(name: str, n: int) -> int:
@@ -48,7 +39,7 @@ def _positive(name: str, n: int) -> int:
 
 def chunk_rows(n: int):
     """Context manager: at most `n` rows of logits at a time, whatever the budget."""
-    return _override(_rows, _positive("chunk_rows", n))
+    return _rows.set(_positive("chunk_rows", n))
 
 
 def memory_budget(nbytes: int):
@@ -56,7 +47,7 @@ def memory_budget(nbytes: int):
 
     The default is 448 MiB on a CPU and 1 GiB on a GPU. A chunk has at least one row.
     """
-    return _override(_budget, _positive("memory_budget", nbytes))
+    return _budget.set(_positive("memory_budget", nbytes))
 
 
 def deterministic():
@@ -66,7 +57,7 @@ def deterministic():
     position or the number of chunks.
     `torch.use_deterministic_algorithms(True)` turns it on too.
     """
-    return _override(_deterministic, True)
+    return _deterministic.set(True)
 
 
 def is_deterministic() -> bool:

@@ -130,10 +130,10 @@ def compile_terms(terms: tuple[Term, ...]) -> Program:
         term_reads = _reads(t)
         reads |= term_reads
         needs_adv |= "adv" in term_reads and t.row not in _ADV_DEFAULTS_TO_ONE
-    hyper = torch.zeros(len(terms), HYPER_COLUMNS, dtype=torch.float64)
+    hyper = torch.zeros(len(terms), HYPER_COLUMNS, dtype=torch.float64, device="cpu")
     for k, t in enumerate(terms):
         row = [t.scale, *t.params]
-        hyper[k, : len(row)] = torch.tensor(row, dtype=torch.float64)
+        hyper[k, : len(row)] = torch.tensor(row, dtype=torch.float64, device="cpu")
     rows = coupled_rows(codes)
     return Program(
         tuple(codes),

@@ -101,7 +101,7 @@ def _from_head(teacher: TeacherHead, shape, device, vocab: int) -> FlatTeacher:
 
 
 def _scalars(temperature: float = 1.0) -> Tensor:
-    return torch.tensor([0.0, 1.0, temperature], dtype=torch.float64)
+    return torch.tensor([0.0, 1.0, temperature], dtype=torch.float64, device="cpu")
 
 
 def _from_logits(teacher: TeacherLogits, shape, device, vocab: int) -> FlatTeacher:

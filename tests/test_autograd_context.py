@@ -6,6 +6,8 @@ import copy
 import os
 import pickle  # noqa: S403  the test is that our records survive it
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -298,3 +300,52 @@ def test_a2_a_custom_objective_travels_by_its_function():
     assert torch.equal(loss_of(x, w, tokens, loaded), want)
     with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
         pickle.dumps(po.custom(lambda t: t.logp * 0.0))
+
+
+# A backward inside 60 others runs in a thread of the engine's, as every backward does on a GPU.
+IN_THE_ENGINES_THREAD = """
+import os, threading, torch, pyoffline as po
+from pyoffline.backends import pick
+from pyoffline.plan import current_settings
+
+class Deep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, depth):
+        ctx.depth = depth
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.depth:
+            with torch.enable_grad():
+                Deep.apply(torch.ones((), requires_grad=True), ctx.depth - 1).backward()
+        else:
+            assert threading.get_ident() != caller
+            seen.append((current_settings(), pick("cpu", torch.float32)))
+            with po.chunk_rows(7):
+                seen.append(current_settings().rows)
+            seen.append(current_settings().rows)
+        return g, None
+
+def look():
+    Deep.apply(torch.ones((), requires_grad=True), 70).backward()
+
+caller, seen = threading.get_ident(), []
+with po.chunk_rows(3), po.memory_budget(5), po.deterministic(), po.use_backend("reference"):
+    here = current_settings()
+    look()
+assert seen == [(here, "reference"), 7, 3] and (here.rows, here.budget) == (3, 5), seen
+seen.clear()
+look()
+assert seen[0] == (current_settings(), "cpu") and seen[1:] == [7, 0], seen
+print("ok", flush=True)
+os._exit(0)  # the engine's threads are still there
+"""
+
+
+def test_a2_overrides_hold_in_the_threads_of_the_engine():
+    """Else a checkpoint recomputes on a GPU with another chunk plan and another backend."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_ENGINES_THREAD], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "ok\n", done.stderr

@@ -199,6 +199,21 @@ def test_m3_import_has_no_side_effects_and_is_short():
     assert min(ratios) < 0.5
 
 
+def test_m3_the_default_device_at_import_is_of_no_account():
+    """torch.set_default_device("cuda") before the import, here a device that holds no numbers."""
+    out = python("""
+        import torch
+        logits, labels = torch.randn(4, 9, requires_grad=True), torch.arange(4)
+        torch.set_default_device("meta")
+        import pyoffline as po
+        with po.use_backend("cpu"):
+            po.token_logps(logits, labels).logps.sum().backward()
+            loss = po.policy_loss(logits, po.TokenBatch(labels), po.NLL()).loss
+        print(logits.grad.isfinite().all().item(), loss.item() > 0)
+    """)
+    assert out.split() == ["True", "True"]
+
+
 def test_m3_first_call_starts_no_thread_beside_torchs_own_pool():
     out = python("""
         import os, torch, pyoffline as po

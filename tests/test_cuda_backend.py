@@ -17,7 +17,7 @@ from test_objectives import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyoffline as po
-from pyoffline import _C, ops
+from pyoffline import _C, device_flags, ops
 from pyoffline.device_flags import flag_of
 
 if not host_cluster.compiler():
@@ -241,6 +241,28 @@ def test_N6_a_bad_label_makes_its_row_nan_and_raises_at_check_or_the_next_call(l
     batches.run_logits(logits, batches.row_batch(labels), po.NLL(), "cuda")
     with pytest.raises(IndexError, match=r"\(row 2"):
         batches.run(batches.make(n=3, d=8, v=40), po.NLL(), "cuda")
+
+
+def test_N6_a_flag_that_inference_mode_made_can_be_raised_outside_it(monkeypatch):
+    monkeypatch.setattr(device_flags, "_flags", {})
+    with torch.inference_mode():
+        with po.use_backend("cuda"):
+            po.token_logps(torch.randn(2, 9), torch.tensor([0, 9]))
+    with pytest.raises(IndexError, match=r"label 9 \(row 1"):
+        po.check()
+    po.check()
+
+
+def test_hyper_parameters_and_flags_are_the_hosts_whatever_the_default_device_is(monkeypatch):
+    """As under torch.set_default_device("cuda"), here with a device that holds no numbers."""
+    batch = batches.make(n=9, d=8, v=40, reads=READS)
+    want = batches.run(batch, COMPOSED, "cuda")
+    monkeypatch.setattr(device_flags, "_flags", {})
+    with torch.device("meta"):
+        got = batches.run(batch, COMPOSED, "cuda")
+        assert po.custom(lambda t: t.adv * t.logp) is not None
+    for k in ("loss", "logps", "dhidden", "dweight"):
+        same_bits(k, got[k], want[k])
 
 
 def test_N7_strided_views_give_the_contiguous_answer_and_are_not_written():

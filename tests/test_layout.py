@@ -21,7 +21,7 @@ CODE = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench")
 # file (5): it may import the core and is imported by the applications only.
 LAYERS = {
     0: "scalar_ops objective_math preference_math ranking_math divergence_math checks arrays plan"
-    " head_rules records",
+    " head_rules records overrides",
     1: "objectives head_hf calls panel_gemm coupled sequence_math group_math preference_rows"
     " coupled_table device_flags",
     2: "program head chunk_loop compose coupled_units coupled_program",
