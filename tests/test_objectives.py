@@ -179,7 +179,12 @@ def test_N4_advantage_zero_gives_exactly_zero_at_any_ratio(name):
 
 
 # log(r), log(old/mu), advantage: one of the factors alone is 0 or inf in fp32, their product is not
-TWO_RATIOS = [(300.0, -310.0, -1.0), (-120.0, 118.0, 1.0), (-300.0, 299.0, 1.0), (95.0, -90.0, -1.0)]
+TWO_RATIOS = [
+    (300.0, -310.0, -1.0),
+    (-120.0, 118.0, 1.0),
+    (-300.0, 299.0, 1.0),
+    (95.0, -90.0, -1.0),
+]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
