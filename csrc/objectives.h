@@ -149,12 +149,15 @@ PYOFFLINE_HD inline LossCoef ppo_clip(float logp, float old, float adv, float cl
 // PPO clip on r, times sg(exp(old - mu)); a token above the cap gets 0 (2505.24298).
 PYOFFLINE_HD inline LossCoef decoupled_ppo(float logp, float old, float mu, float adv,
                                            float clip_low, float clip_high, float behavior_cap) {
-  const float behavior = expf(old - mu);
-  const LossCoef ppo =
-      ppo_surrogate(expf(logp - old), adv, clip_low, clip_high, INFINITY, INFINITY);
-  const float loss = product(ppo.loss, behavior);
+  const float behavior = expf(old - mu), ratio = expf(logp - old);
+  const bool up = adv > 0.0f;
+  const bool clipped = (up ? ratio > 1.0f + clip_high : ratio < 1.0f - clip_low) && adv != 0.0f;
+  const float bound = up ? 1.0f + clip_high : 1.0f - clip_low;
+  // one exponential of both log-ratios: a factor that is 0 or inf alone would hide the other
+  const float both = expf((logp - old) + (old - mu));
+  const float loss = -product(clipped ? product(bound, behavior) : both, adv);
   if (behavior > behavior_cap) return {loss == loss ? 0.0f : loss, 0.0f};
-  return {loss, product(ppo.coef, behavior)};
+  return {loss, clipped ? 0.0f : loss};
 }
 
 // -sg(clamp(r, low, high)) A l, absolute bounds (2506.13585).

@@ -6,6 +6,8 @@ coefficients go back in. Not here: objectives that look at other tokens (a token
 on that token only; registration checks it).
 """
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -125,6 +127,11 @@ class CustomObjective(Objective):
 
     def __reduce__(self):
         # by its function: the number is a place in the registry of this process only
+        fn = self.traced.source[0]
+        named = _look_up(sys.modules.get(fn.__module__), fn.__qualname__)
+        if isinstance(named, CustomObjective) and named.traced is self.traced:
+            # `@register_objective` left the objective under the function's name
+            return _imported, (fn.__module__, fn.__qualname__, self.params)
         return _rebuild, (*self.traced.source, self.params)
 
     def __deepcopy__(self, memo):
@@ -132,6 +139,18 @@ class CustomObjective(Objective):
 
     def terms(self, has_mu=False):
         return (Term(self.traced.name, 1.0, tuple(self.params.values()), custom=self.traced),)
+
+
+def _look_up(owner, qualname: str):
+    """What a module has under this dotted name, or None."""
+    for part in qualname.split("."):
+        owner = getattr(owner, part, None)
+    return owner
+
+
+def _imported(module: str, qualname: str, params) -> CustomObjective:
+    """Unpickle what a decorator registered: the module's own, with these parameters."""
+    return _look_up(importlib.import_module(module), qualname)(**params)
 
 
 def _rebuild(fn, closed_form, params) -> CustomObjective:

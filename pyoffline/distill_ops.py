@@ -2,8 +2,10 @@
 
 `linear_distill` takes the arguments of `linear_policy`, then the teacher's tensors and the
 divergences; gradients are formed in the forward, the backward applies the upstream gradient, a
-second one recomputes, a double backward raises (`autograd.py`). The teacher has no gradient. Not
-here: shapes of the public API (`teachers.py`, `flatten.py`).
+second one recomputes, a double backward raises (`autograd.py`). The teacher has no gradient.
+`soft_losses` is the same against given logits with one loss per token: its backward recomputes
+with the upstream gradient as weights. Not here: shapes of the public API (`teachers.py`,
+`flatten.py`).
 """
 
 import torch
@@ -152,3 +154,67 @@ def _backward(ctx, g_loss, *_):
 
 
 linear_distill.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("pyoffline::soft_losses", mutates_args=())
+def soft_losses(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] int64, of rows that all count
+    extras: Tensors,
+    hyper: Tensor,
+    head: Tensor,
+    codes: Ints,
+    gates: str,
+    logits_dtype: int,
+    needs: int,
+    backend: str,
+    plan: Ints,
+    teacher_logits: Tensor,  # [N, V]
+    teacher_head: Tensor,  # [3] fp64 cpu
+    divergences: Ints,
+    divergence_hyper: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """loss_t [N] and the teacher's entropy [N]."""
+    args = (hidden, weight, bias, labels, extras, hyper, head, codes, gates, logits_dtype)
+    tail = (backend, plan, teacher_logits, teacher_head, divergences, divergence_hyper)
+    out = linear_distill(*soft_args(None, *args, 0, *tail))
+    return out[1], out[8]
+
+
+def soft_args(weights: Tensor | None, *args) -> tuple:
+    """Arguments of `linear_distill` for those of `soft_losses` and weights per row."""
+    hidden, weight, bias, labels, extras, hyper, head, codes, gates, *more = args
+    logits_dtype, needs, backend, plan, teacher, teacher_head, *divergences = more
+    vectors = (weights, None, None, None, None, None)
+    fixed = (hyper, head, codes, gates, -100, logits_dtype, needs, backend, plan)
+    given = (*[None] * 5, teacher, None, None, teacher_head, ops.DTYPES.index(teacher.dtype))
+    linear = (hidden, weight, bias, None, None)
+    return (*linear, labels, *vectors, extras, None, *fixed, *given, *divergences)
+
+
+@soft_losses.register_fake
+def _(hidden, *rest):
+    n, total = hidden.shape[0], stats_dtype(hidden.dtype)
+    return hidden.new_empty(n, dtype=total), hidden.new_empty(n, dtype=total)
+
+
+def _soft_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.args = [x if not isinstance(x, Tensor) else None for x in inputs]
+    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+
+
+def _soft_backward(ctx, g_loss, _):
+    args = autograd._restore(ctx)
+    needs = args[10]
+    with torch.no_grad():
+        formed = linear_distill(*soft_args(g_loss.contiguous(), *args))[GRADS:]
+    live = [formed[i].to(args[i].dtype) if needs & (1 << i) else None for i in range(3)]
+    rest = [None, [None] * len(args[4]), *[None] * 12]
+    return (*autograd.once(live, "soft_losses", args[:3]), *rest)
+
+
+soft_losses.register_autograd(_soft_backward, setup_context=_soft_setup)

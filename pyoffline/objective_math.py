@@ -109,14 +109,16 @@ def ppo_clip(logp, old, adv, clip_low, clip_high, dual_clip, delta):
 
 def decoupled_ppo(logp, old, mu, adv, clip_low, clip_high, behavior_cap):
     """PPO clip on r, times sg(exp(old - mu)); a token above the cap gets 0 (2505.24298)."""
-    behavior = ops.exp(old - mu)
-    loss, coef = ppo_surrogate(
-        ops.exp(logp - old), adv, clip_low, clip_high, float("inf"), float("inf")
-    )
-    drop = behavior > behavior_cap
-    loss = product(loss, behavior)
+    behavior, ratio = ops.exp(old - mu), ops.exp(logp - old)
+    up = adv > 0
+    clipped = ops.where(up, ratio > 1.0 + clip_high, ratio < 1.0 - clip_low) & (adv != 0)
+    bound = ops.where(up, 1.0 + clip_high, 1.0 - clip_low)
+    # one exponential of both log-ratios: a factor that is 0 or inf alone would hide the other
+    both = ops.exp((logp - old) + (old - mu))
+    loss = -product(ops.where(clipped, product(bound, behavior), both), adv)
     kept = ops.where(loss == loss, 0.0, loss)
-    return ops.where(drop, kept, loss), ops.where(drop, 0.0, product(coef, behavior))
+    drop = behavior > behavior_cap
+    return ops.where(drop, kept, loss), ops.where(drop | clipped, 0.0, loss)
 
 
 def cispo(logp, old, adv, low, high):

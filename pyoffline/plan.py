@@ -80,13 +80,14 @@ def current_settings() -> PlanSettings:
     return PlanSettings(_rows.get(), _budget.get(), is_deterministic())
 
 
-def plan_list(n_valid: int | None = None) -> list[int]:
-    """The overrides, and the number of rows that count if known, as a custom op carries them.
+def plan_list(n_valid: int | None = None, rows: int = 0) -> list[int]:
+    """The overrides as a custom op carries them, with what the call itself knows.
 
-    A compiled graph carries none and reads them when it runs: a context variable is nothing to
-    guard on.
+    That is the number of rows that count, and at most `rows` rows a chunk. A compiled graph carries
+    no overrides and reads them when it runs: a context variable is nothing to guard on.
     """
-    known = [] if n_valid is None else [n_valid]
+    known = [] if n_valid is None and not rows else [-1 if n_valid is None else n_valid]
+    known += [rows] if rows else []
     if torch.compiler.is_compiling():
         return [READ_AT_RUN, *known]
     s = current_settings()
@@ -95,9 +96,12 @@ def plan_list(n_valid: int | None = None) -> list[int]:
 
 def settings_of(plan: list[int]) -> PlanSettings:
     """`plan_list` back into its record."""
-    if plan[0] == READ_AT_RUN:
-        return replace(current_settings(), n_valid=plan[1] if len(plan) > 1 else -1)
-    return PlanSettings(plan[0], plan[1], bool(plan[2]), plan[3] if len(plan) > 3 else -1)
+    at_run = plan[0] == READ_AT_RUN
+    s = current_settings() if at_run else PlanSettings(plan[0], plan[1], bool(plan[2]))
+    known = plan[1 if at_run else 3 :]
+    if len(known) > 1:
+        s = replace(s, rows=min(s.rows or known[1], known[1]))
+    return replace(s, n_valid=known[0]) if known else s
 
 
 @dataclass(frozen=True)

@@ -241,8 +241,8 @@ def test_legacy_reduction_arguments_are_torchs(size_average, reduce):
 Z, Y = torch.zeros(4, C), torch.zeros(4, dtype=torch.long)
 # call, exception, what the message must name
 ERRORS = [
-    (lambda: po.cross_entropy(Z, torch.zeros(4, C)), NotImplementedError, "probabilities"),
-    (lambda: po.linear_cross_entropy(Z, Z, torch.zeros(4, 4)), NotImplementedError, "probab"),
+    (lambda: po.cross_entropy(Z, torch.zeros(4, C - 1)), ValueError, "probabilities"),
+    (lambda: po.linear_cross_entropy(Z, Z, torch.zeros(4, 3)), ValueError, "probab"),
     (lambda: po.cross_entropy(Z, Y[:3]), ValueError, "target"),
     (lambda: po.cross_entropy(Z, Y.bool()), TypeError, "target"),
     (lambda: po.cross_entropy(Z, Y, torch.ones(C - 1)), ValueError, "weight"),
@@ -255,7 +255,7 @@ ERRORS = [
     (lambda: po.linear_cross_entropy(Z, Z, Y, softcap=-1.0), ValueError, "softcap"),
     (lambda: po.cross_entropy(torch.tensor(1.0), Y), ValueError, "input"),
     (lambda: po.cross_entropy(Z.long(), Y), TypeError, "input"),
-    (lambda: po.linear_cross_entropy(Z, Z, Y, options={"chunk": 1}), ValueError, "options"),
+    (lambda: po.linear_cross_entropy(Z, Z, Y, options={"chunk": 1}), TypeError, "options"),
     (lambda: po.linear_cross_entropy(Z, torch.zeros(5, C + 1), Y), ValueError, "hidden|input"),
     (lambda: po.linear_cross_entropy(Z, Z, Y, smoothing=0.1), TypeError, "smoothing"),
 ]

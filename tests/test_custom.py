@@ -1,5 +1,6 @@
 """Objectives written by the user: traced once, equal to their built-in twins on every backend."""
 
+import pickle  # noqa: S403  the test is that our records survive it
 from types import SimpleNamespace
 
 import batches
@@ -282,3 +283,17 @@ def only_in_this_test_twin():
         return -t.logp
 
     return only_in_this_test
+
+
+@po.register_objective(alpha=0.5)
+def decorated(t):
+    return -t.adv * torch.exp(t.params.alpha * (t.logp - t.old))
+
+
+def test_a2_an_objective_under_its_functions_name_pickles_as_that_name():
+    """The decorator leaves the objective where pickle looks for the function."""
+    for objective in (decorated, decorated(alpha=0.25), 2.0 * decorated(alpha=0.25) + po.KL()):
+        loaded = pickle.loads(pickle.dumps(objective))  # noqa: S301
+        assert type(loaded) is type(objective)
+        for a, b in zip(loaded.terms(), objective.terms(), strict=True):
+            assert (a.row, a.scale, a.params, a.custom) == (b.row, b.scale, b.params, b.custom)

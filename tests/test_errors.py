@@ -253,8 +253,8 @@ TABLE = {
         "avg",
     ),
     "class probabilities": (
-        lambda: po.cross_entropy(LOGITS, LOGITS.softmax(-1)),
-        NotImplementedError,
+        lambda: po.cross_entropy(LOGITS, LOGITS.softmax(-1)[:1]),
+        ValueError,
         "probabilities",
     ),
     "label smoothing": (
@@ -273,7 +273,7 @@ TABLE = {
     "z_loss": (lambda: po.cross_entropy(LOGITS, LABELS, z_loss=-1.0), ValueError, "z_loss", "-1"),
     "options": (
         lambda: po.linear_cross_entropy(X, W, LABELS, options=object()),
-        ValueError,
+        TypeError,
         "options",
     ),
     "target shape": (

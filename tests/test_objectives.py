@@ -178,6 +178,34 @@ def test_N4_advantage_zero_gives_exactly_zero_at_any_ratio(name):
     assert (got.loss == 0).all() and (got.a == 0).all()
 
 
+# log(r), log(old/mu), advantage: one of the factors alone is 0 or inf in fp32, their product is not
+TWO_RATIOS = [
+    (300.0, -310.0, -1.0),
+    (-120.0, 118.0, 1.0),
+    (-300.0, 299.0, 1.0),
+    (95.0, -90.0, -1.0),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("log_ratio, log_behavior, adv", TWO_RATIOS)
+def test_N5_the_two_ratios_of_decoupled_ppo_are_exponentiated_once(
+    log_ratio, log_behavior, adv, backend
+):
+    logits = torch.tensor([[0.0, 0.0]], requires_grad=True)
+    logp = torch.tensor([-math.log(2.0)])
+    old = logp - log_ratio
+    tokens = po.TokenBatch(
+        torch.tensor([0]), torch.tensor([adv]), old, behavior_logps=old - log_behavior
+    )
+    with po.use_backend(backend):
+        out = po.policy_loss(logits, tokens, po.DecoupledPPO())
+        out.loss.backward()
+    both = math.exp((logp - old).double() + (old - tokens.behavior_logps).double())
+    assert out.loss.item() == pytest.approx(-adv * both, rel=3e-5)
+    assert logits.grad[0, 0].item() == pytest.approx(-adv * both / 2, rel=3e-5)
+
+
 # objective, log-ratio, advantage: what is clipped there, and the loss that it then has
 CLIPPED = [
     (po.PPOClip(), 1.0, 1.0, -1.2, "above 1+high with A > 0"),
