@@ -152,7 +152,7 @@ def logits_coupled(
     Two reads of the logits (statistics, then the gradient) and one write.
     """
     vectors = (weights, old, mu, ref, adv, temperature)
-    plain = (ops._PLAIN_HEAD, ignore_index)
+    plain = (ops.PLAIN_HEAD, ignore_index)
     rows = ops.op_rows(labels, vectors, extras, gates, (None, None), (), None, *plain)
     sequences = (rewards, group_ids, targets, ref_sums, omega)
     units = Units(rows, _inputs(sequence_ids, sequences, codes, hyper))

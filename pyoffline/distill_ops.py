@@ -208,7 +208,7 @@ def _soft_setup(ctx, inputs, output):
 
 
 def _soft_backward(ctx, g_loss, _):
-    args = autograd._restore(ctx)
+    args = autograd.restore(ctx)
     needs = args[10]
     with torch.no_grad():
         formed = linear_distill(*soft_args(g_loss.contiguous(), *args))[GRADS:]

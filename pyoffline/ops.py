@@ -248,7 +248,7 @@ def logits_policy(
         (None, class_weight),
         codes,
         hyper,
-        _PLAIN_HEAD,
+        PLAIN_HEAD,
         ignore_index,
     )
     result = load(backend, logits).logits(LogitsCall(logits, rows, needs_grad))
@@ -259,7 +259,7 @@ def logits_policy(
     return (loss, *stats, dlogits, unscale)
 
 
-_PLAIN_HEAD = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device="cpu")
+PLAIN_HEAD = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device="cpu")
 
 
 @logits_policy.register_fake
@@ -282,7 +282,7 @@ def logits_coefs(
     """dlogits [N, V] from given row coefficients."""
     vectors = (None, None, None, None, None, temperature)
     shared = (None, class_weight)
-    rows = op_rows(labels, vectors, [], "", shared, (), None, _PLAIN_HEAD, ignore_index, coefs)
+    rows = op_rows(labels, vectors, [], "", shared, (), None, PLAIN_HEAD, ignore_index, coefs)
     result = load(backend, logits).logits(LogitsCall(logits, rows, True))
     return result.dlogits if is_one(result.unscale) else result.dlogits * result.unscale
 

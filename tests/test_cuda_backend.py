@@ -174,7 +174,7 @@ def test_a_lora_head_adds_its_product_and_gets_its_gradients():
         flat = (x, w, None, x @ a.t(), b, batch["labels"])
         vectors = (batch["weights"], batch["old"], None, None, batch["adv"], None)
         program = po.PPOClip().program(True)
-        rest = (program.hyper, ops._PLAIN_HEAD, list(program.codes), "", -100)
+        rest = (program.hyper, ops.PLAIN_HEAD, list(program.codes), "", -100)
         out = ops.linear_policy(*flat, *vectors, [], None, *rest, 0, 0b11011, backend, [4, 0, 0])
         out[0].backward()
         results.append((out[0].detach(), x.grad, w.grad, a.grad, b.grad))
