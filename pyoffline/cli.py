@@ -196,7 +196,7 @@ def _add_train(commands) -> None:
     )
     command.add_argument("config", metavar="CONFIG.yaml")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replace a value, dots for nesting"
+        "overrides", nargs="*", default=[], metavar="key=value", help="replace a value, a.b=c nests"
     )
     command.add_argument("--check", action="store_true", help="check everything, train nothing")
     command.add_argument(

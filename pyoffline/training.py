@@ -68,13 +68,14 @@ def run_training(
 
 
 def _train(trainer, stop, start) -> RunResult:
-    from pyoffline.callbacks import StoppedInEvaluation
+    from pyoffline.callbacks import StoppedInEvaluation, close_bars
 
     try:
         trainer.train(resume_from_checkpoint=start)
     except StoppedInEvaluation:
         trainer.save_checkpoint()
     finally:
+        close_bars(trainer)
         stop.restore()
     run, step = Path(trainer.args.output_dir), trainer.state.global_step
     folder = run / "final" if stop.stopped_by is None else run / f"checkpoint-{step}"
