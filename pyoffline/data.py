@@ -217,11 +217,11 @@ def _parts(row: dict, needs: Needs) -> tuple[list, list]:
     """Problems of a row of the file, and its sides: one, or chosen and rejected."""
     if needs.unit != "pair":
         return check_row(row, needs), [(None, row)]
-    problems, rows = pairs.split(row)
+    problems, rows = pairs.split(row, needs.extras)
     parts = list(zip(pairs.SIDES, rows, strict=False))
     for side, part in parts:
         found = check_row(part, needs)
-        problems += [(pairs.public_name(name, side), why) for name, why in found]
+        problems += [(pairs.public_name(name, side, part), why) for name, why in found]
     return list(dict.fromkeys(problems)), parts
 
 
@@ -276,7 +276,7 @@ def _finish_rows(pending, tokenizer, settings, names, samples, problems) -> int:
         limits = (settings.max_length, len(tokenizer), settings.too_long)
         found = check_sample(sample, *limits, ended=settings.append_eos and not exact)
         if found:
-            problems += [(line, pairs.public_name(name, side), why) for name, why in found]
+            problems += [(line, pairs.public_name(name, side, row), why) for name, why in found]
         elif len(sample.ids) > settings.max_length and settings.too_long == "drop":
             problems.append((line, "max_length", DROPPED))
         else:
@@ -308,7 +308,7 @@ def _rendered(pending, tokenizer, problems) -> tuple[list, list]:
             why = f"the tokenizer's chat template refuses it: {error}"
             if not tokenizer.chat_template:
                 why = "the tokenizer has no chat template; give prompt and completion instead"
-            problems.append((line, pairs.public_name("messages", side), why))
+            problems.append((line, pairs.public_name("messages", side, row), why))
         else:
             rows.append((line, side, row))
     return rows, texts

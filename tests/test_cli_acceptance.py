@@ -1,23 +1,76 @@
-"""What a new user met at the command line: `no` in YAML, odd keys and
+"""What a new user met at the command line: the RPO of docs/training.md, `no` in YAML, odd keys and
 characters, and what stands on the screen after an error (PROMISES T1, T2).
 """
 
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from family_cases import train, write_config, write_model  # noqa: E402
+from family_cases import (  # noqa: E402
+    by_hand,
+    load,
+    losses,
+    pair_rows,
+    train,
+    write_config,
+    write_model,
+)
 
+import pyoffline as po  # noqa: E402
 from pyoffline import cli, run_folder  # noqa: E402
 
 PLAIN = [{"prompt": "a b", "completion": "c d"}, {"prompt": "b", "completion": "a"}]
+RPO = {"objective": "dpo", "terms": [{"name": "nll", "weighted_by": "positive", "scale": 0.5}]}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "m")
+
+
+def sided(chosen, rejected):
+    return {"chosen_positive": chosen, "rejected_positive": rejected}
+
+
+# columns of each row -> the gate on the chosen and on the rejected side
+GATES = {
+    "made": ({}, (1, 0)),
+    "one_column": ({"positive": 0.25}, (0.25, 0)),
+    "two_columns": (sided(0.5, 2.0), (0.5, 2)),
+}
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_the_nll_of_rpo_is_on_the_chosen_side(tmp_path, model, case):
+    """It was on both, so that the rejected answers were trained too."""
+    columns, (chosen, rejected) = GATES[case]
+    rows = [row | columns for row in pair_rows()]
+    code, events = train(write_config(tmp_path, model, rows, **RPO))
+    lm = load(model)
+    hidden, tokens = by_hand(lm, rows, {"ref"})
+    mine = tokens.labels != -100
+    gate = torch.zeros(mine.shape, dtype=torch.float64)
+    gate[: len(rows)], gate[len(rows) :] = chosen, rejected
+    with torch.no_grad():
+        logps = po.linear_token_logps(hidden, po.Head.of(lm), tokens.labels).logps.double()
+        dpo = po.linear_policy_loss(hidden, po.Head.of(lm), tokens, po.DPO()).loss
+    expected = dpo - 0.5 * (gate * logps)[mine].mean()
+    assert code == 0 and losses(events)[0] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_t1_a_bad_gate_of_one_side_is_named(tmp_path, model, capsys):
+    rows = pair_rows()
+    rows[1] |= sided(float("nan"), 1.0)
+    rows[2] |= sided(1.0, [1.0])
+    assert train(write_config(tmp_path, model, rows, **RPO))[0] == 2
+    said = capsys.readouterr().err
+    assert ":2: chosen_positive: nan is not a finite number" in said
+    rows[1] |= sided(1.0, 1.0)
+    assert train(write_config(tmp_path, model, rows, **RPO))[0] == 2
+    assert ":3: rejected_positive: 1 values for 3 completion tokens" in capsys.readouterr().err
 
 
 def test_a_bare_no_turns_a_strategy_off(tmp_path, model, capsys):
