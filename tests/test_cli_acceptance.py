@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from family_cases import (  # noqa: E402
     by_hand,
@@ -20,7 +20,7 @@ from family_cases import (  # noqa: E402
 )
 
 import pyoffline as po  # noqa: E402
-from pyoffline import cli, run_folder  # noqa: E402
+from pyoffline import cli, run_folder, training  # noqa: E402
 
 PLAIN = [{"prompt": "a b", "completion": "c d"}, {"prompt": "b", "completion": "a"}]
 RPO = {"objective": "dpo", "terms": [{"name": "nll", "weighted_by": "positive", "scale": 0.5}]}
@@ -174,3 +174,28 @@ def test_t2_after_a_failed_write_the_message_has_its_own_line(tmp_path, model, c
     last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
     assert last.startswith("pyoffline: ") and "No space left on device" in last
     assert not (tmp_path / "out" / run_folder.PARTIAL).exists()
+
+
+@pytest.mark.parametrize(("rank", "n"), [("0", 1), ("1", 0)])
+def test_under_torchrun_one_rank_says_where_things_are(
+    tmp_path, model, capsys, monkeypatch, rank, n
+):
+    result = training.RunResult(tmp_path, tmp_path / "final", tmp_path / "metrics.jsonl", 2)
+    monkeypatch.setattr(training, "run_training", lambda *args, **options: result)
+    monkeypatch.setenv("RANK", rank)
+    assert cli.main(["train", str(write_config(tmp_path, model, PLAIN))]) == 0
+    assert capsys.readouterr().out.count("2 steps") == n
+
+
+def test_the_folder_of_an_adapter_is_refused_before_step_0(tmp_path, model, capsys):
+    """It ended in autograd's "element 0 of tensors does not require grad" and exit code 1."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    path = write_config(tmp_path, tmp_path / "adapter", PLAIN)
+    assert train(path)[0] == 2
+    assert "no parameter of it trains" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
