@@ -131,6 +131,13 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+def close_bars(trainer) -> None:
+    """End the line of the bar where training did not, so that an error has a line of its own."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressBar) and callback.bar is not None:
+            callback.bar.close()
+
+
 class WorkerStart:
     """Start of a data loader's worker, after `before`.
 

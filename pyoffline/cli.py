@@ -195,7 +195,7 @@ def _add_train(commands) -> None:
     )
     command.add_argument("config", metavar="CONFIG.yaml")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replace a value, dots for nesting"
+        "overrides", nargs="*", default=[], metavar="key=value", help="replace a value, a.b=c nests"
     )
     command.add_argument("--check", action="store_true", help="check everything, train nothing")
     command.add_argument(
@@ -322,7 +322,7 @@ def run_train(args) -> int:
     if result is None:
         print("configuration, data and model are fine; nothing was trained")
         return EXIT_OK
-    if not args.quiet:
+    if not args.quiet and os.environ.get("RANK", "0") == "0":  # torchrun: once, not once a rank
         what = "model" if result.stopped_by is None else "checkpoint"
         print(f"{result.steps} steps\n{what:11}{result.model_dir}\nmetrics    {result.metrics}")
     return EXIT_OK if result.stopped_by is None else 128 + result.stopped_by

@@ -38,6 +38,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOSSES = ("fused", "stock")
 TOO_LONG = ("error", "truncate", "drop")
 FIXED_MODELS = ("ref_model", "teacher_model")
+STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")  # "no" turns each off
 SHORT = ("model", *FIXED_MODELS, "objective", "advantage")  # sections that text may stand for
 
 
@@ -323,8 +324,10 @@ def _trainer(values, errors: list[str]) -> dict:
         return {}
     if not values.get("output_dir"):
         errors.append("trainer.output_dir: missing; where checkpoints and metrics.jsonl go")
+    # YAML 1.1 reads a bare `no` as false
+    off = {k: "no" for k in STRATEGIES if values.get(k) is False}
     before = len(errors)
-    out = _read_fields(OfflineConfig, values, "trainer.", errors)
+    out = _read_fields(OfflineConfig, values | off, "trainer.", errors)
     if len(errors) == before:
         try:
             OfflineConfig(**out)

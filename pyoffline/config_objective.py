@@ -196,7 +196,8 @@ def _parameters(where: str, spec: dict, errors: list[str]) -> list[str]:
             f"{where}.name: {name!r} is a divergence: {{name: {DISTILL}, divergence: {name}}}"
         )
     else:
-        errors.append(f"{where}.name: no objective {name!r}{nearest(name, known_names())}")
+        hint = nearest(name, known_names()) or f"; known: {', '.join(known_names())}"
+        errors.append(f"{where}.name: no objective {name!r}{hint}")
     return [] if made is None else _arguments(made, name)
 
 

@@ -36,7 +36,7 @@ DROPPED = "dropped: more than data.max_length tokens"
 class DataError(ValueError):
     """Every problem of a data file; `problems` is the list of `file:line: field: why`."""
 
-    def __init__(self, problems: list[str], n_rows: int):
+    def __init__(self, problems: list[str], n_rows: int, skip_bad: bool = False):
         self.problems = problems
         alike = Counter(_what(p) for p in problems)
         first = {_what(p): p for p in reversed(problems)}
@@ -47,7 +47,7 @@ class DataError(ValueError):
         if len(shown) > SHOWN:
             shown[SHOWN:] = [f"... and {len(shown) - SHOWN} more kinds"]
         head = f"{_count(len(problems), 'problem')} in {_count(n_rows, 'row')}, nothing was started"
-        if n_rows:
+        if n_rows and not skip_bad:
             head += "; correct the rows, or pass --skip-bad to leave them out (they are counted"
             head += " and logged)"
         super().__init__("\n  ".join([head, *shown]))
@@ -199,7 +199,7 @@ def load_samples(
     if not samples:
         n_long = sum(why == DROPPED for _, _, why in problems)
         why = f": {n_long} of {n_rows} have more than data.max_length tokens" if n_long else ""
-        raise DataError([*texts, f"{path}: no usable row{why}"], n_rows)
+        raise DataError([*texts, f"{path}: no usable row{why}"], n_rows, settings.skip_bad)
     for sample, group in zip(samples, dense_groups(samples), strict=True):
         sample.columns["group"] = group
     if advantage is not None:
@@ -215,11 +215,11 @@ def _parts(row: dict, needs: Needs) -> tuple[list, list]:
     """Problems of a row of the file, and its sides: one, or chosen and rejected."""
     if needs.unit != "pair":
         return check_row(row, needs), [(None, row)]
-    problems, rows = pairs.split(row)
+    problems, rows = pairs.split(row, needs.extras)
     parts = list(zip(pairs.SIDES, rows, strict=False))
     for side, part in parts:
         found = check_row(part, needs)
-        problems += [(pairs.public_name(name, side), why) for name, why in found]
+        problems += [(pairs.public_name(name, side, part), why) for name, why in found]
     return list(dict.fromkeys(problems)), parts
 
 
@@ -258,7 +258,8 @@ def _finish_rows(pending, tokenizer, settings, names, samples, problems) -> int:
     for (line, side, row), (_, text, special), ending in zip(pending, texts, endings, strict=True):
         prompt = next(prompts) if special else next(plain)
         prompt = row["prompt_ids"] if row.get("prompt_ids") is not None else prompt
-        if row.get("completion_ids") is not None:
+        exact = row.get("completion_ids") is not None
+        if exact:
             ending = row["completion_ids"]
         elif settings.append_eos and tokenizer.eos_token_id is not None and text:
             ending = [*ending, tokenizer.eos_token_id]
@@ -266,9 +267,10 @@ def _finish_rows(pending, tokenizer, settings, names, samples, problems) -> int:
             prompt, ending = prompt[:1], prompt[1:] + ending + _eos(tokenizer, settings)
         columns = {k: row[k] for k in names if row.get(k) is not None}
         sample = Sample([*prompt, *ending], len(prompt), line, columns)
-        found = check_sample(sample, settings.max_length, len(tokenizer), settings.too_long)
+        limits = (settings.max_length, len(tokenizer), settings.too_long)
+        found = check_sample(sample, *limits, ended=settings.append_eos and not exact)
         if found:
-            problems += [(line, pairs.public_name(name, side), why) for name, why in found]
+            problems += [(line, pairs.public_name(name, side, row), why) for name, why in found]
         elif len(sample.ids) > settings.max_length and settings.too_long == "drop":
             problems.append((line, "max_length", DROPPED))
         else:
@@ -298,7 +300,7 @@ def _rendered(pending, tokenizer, problems) -> tuple[list, list]:
             why = f"the tokenizer's chat template refuses it: {error}"
             if not tokenizer.chat_template:
                 why = "the tokenizer has no chat template; give prompt and completion instead"
-            problems.append((line, pairs.public_name("messages", side), why))
+            problems.append((line, pairs.public_name("messages", side, row), why))
         else:
             rows.append((line, side, row))
     return rows, texts

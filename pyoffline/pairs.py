@@ -4,6 +4,8 @@ kind, with problems named by the columns of the file.
 Not here: what a usual row must hold (row_checks.py), tokenising (data.py).
 """
 
+from collections.abc import Iterable
+
 from pyoffline.config import nearest
 
 SIDES = ("chosen", "rejected")
@@ -14,12 +16,18 @@ SIDE_COLUMNS = {
     "ref_{}_logps": "ref_logps",
     "{}_reward": "reward",
 }
+POSITIVE = "positive"  # the gate of the chosen side: RPO's NLL
 SHARED = ("prompt", "prompt_ids", "target")
 KNOWN = (*SHARED, *(c.format(side) for side in SIDES for c in SIDE_COLUMNS))
 
 
-def split(row: dict) -> tuple[list[tuple[str, str]], list[dict]]:
-    """(problems, [the chosen row, the rejected row]); with problems there are no rows."""
+def split(row: dict, gates: Iterable[str] = ()) -> tuple[list[tuple[str, str]], list[dict]]:
+    """(problems, [the chosen row, the rejected row]); with problems there are no rows.
+
+    A column of `gates` (that `weighted_by` names) holds for both sides, or is two, `chosen_<name>`
+    and `rejected_<name>`. `positive` weighs the chosen side, 1 where it is not given, and is 0 on
+    the rejected one.
+    """
     problems = []
     for side in SIDES:
         if row.get(side) is None and row.get(f"{side}_ids") is None:
@@ -38,7 +46,18 @@ def split(row: dict) -> tuple[list[tuple[str, str]], list[dict]]:
     if problems:
         return problems, []
     others = {k: v for k, v in row.items() if k not in KNOWN}
-    return [], [_side(row, side) | others for side in SIDES]
+    return [], [_side(row, side) | others | _gates(row, side, gates) for side in SIDES]
+
+
+def _gates(row: dict, side: str, gates: Iterable[str]) -> dict:
+    out = {}
+    for name in gates:
+        if row.get(f"{side}_{name}") is not None:
+            out[name] = row[f"{side}_{name}"]
+        elif name == POSITIVE:
+            given = row.get(name) if row.get(name) is not None else 1.0
+            out[name] = given if side == "chosen" else 0.0
+    return out
 
 
 def _side(row: dict, side: str) -> dict:
@@ -57,10 +76,14 @@ def _side(row: dict, side: str) -> dict:
     return out
 
 
-def public_name(field: str, side: str | None) -> str:
-    """The name in the file of a column of one side: ref_logps[2] -> ref_chosen_logps[2]."""
+def public_name(field: str, side: str | None, row: dict) -> str:
+    """The name in the file of a column of one side: ref_logps[2] -> ref_chosen_logps[2]. `row` is
+    that side's.
+    """
     if side is None:
         return field
+    if f"{side}_{field.partition('[')[0]}" in row:  # of weighted_by, one for each side
+        return f"{side}_{field}"
     for column, name in SIDE_COLUMNS.items():
         if field == name or field.startswith(f"{name}["):
             return column.format(side) + field.removeprefix(name)

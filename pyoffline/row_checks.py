@@ -15,6 +15,7 @@ from pyoffline.config import nearest
 LOGPS = ("old_logps", "behavior_logps", "ref_logps")
 TEXTS = ("text", "prompt", "completion", "messages", "prompt_ids", "completion_ids")
 OPTIONAL = (*LOGPS, "advantages", "reward", "group")  # always checked where they are given
+MESSAGE = ("role", "content")
 KNOWN = (*TEXTS, *OPTIONAL)
 FLOAT32_MAX = 3.4028234663852886e38
 TOLERANCE = 1e-3  # a log-prob computed in bf16 may round above 0 by this much
@@ -60,8 +61,12 @@ def check_sample(
     max_length: int,
     vocab: int,
     too_long: str,
+    ended: bool = True,
 ) -> list[tuple[str, str]]:
-    """What is wrong with a tokenised Sample: nothing to train on, odd lists, too many tokens."""
+    """What is wrong with a tokenised Sample: nothing to train on, odd lists, too many tokens.
+
+    `ended`: data.append_eos added a token to it.
+    """
     found = []
     if sample.n_prompt == 0:
         why = "empty, and the tokenizer adds no first token, so nothing predicts the first one"
@@ -74,7 +79,7 @@ def check_sample(
     for name, value in sample.columns.items():
         if isinstance(value, list | Tensor) and len(value) != sample.n_completion:
             why = f"{len(value)} values for {sample.n_completion} completion tokens"
-            if len(value) == sample.n_completion - 1:
+            if ended and len(value) == sample.n_completion - 1:
                 why += " (one is the end-of-sequence token that data.append_eos adds to a text)"
             found.append((name, why))
     cut = len(sample.ids) > max_length and too_long == "truncate"
@@ -87,8 +92,11 @@ def check_sample(
         )
         found.append(("max_length", why))
     elif sample.n_prompt >= max_length and too_long == "truncate":
-        found.append(("prompt", f"{sample.n_prompt} tokens fill max_length {max_length}"))
+        found.append(("prompt", f"{sample.n_prompt} tokens fill max_length {max_length}{_LONGER}"))
     return found
+
+
+_LONGER = "; raise it, or let data.too_long drop such rows"
 
 
 def _close(name: str, known: Iterable[str]) -> bool:
@@ -133,6 +141,8 @@ def _check_text(row: dict) -> list[tuple[str, str]]:
     for name in ("text", "prompt", "completion"):
         if row.get(name) is not None and not isinstance(row[name], str):
             found.append((name, f"expected a string, got {type(row[name]).__name__}"))
+        else:
+            found += _check_characters(name, row.get(name))
     if found:
         return found
     kinds = [
@@ -180,6 +190,17 @@ def _check_messages(messages) -> list[tuple[str, str]]:
         ]
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         return [("messages", "the last message must be the assistant's, and not empty")]
+    texts = [(f"messages[{i}].{k}", m[k]) for i, m in enumerate(messages) for k in MESSAGE]
+    return [problem for where, text in texts for problem in _check_characters(where, text)]
+
+
+def _check_characters(name: str, text: str | None) -> list[tuple[str, str]]:
+    """JSON can write half of a surrogate pair, which no tokenizer takes."""
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"\\u{ord(text[error.start]):04x} at character {error.start + 1}"
+        return [(name, f"{what} is half of a surrogate pair, no character: correct the text")]
     return []
 
 

@@ -49,13 +49,17 @@ def _json_rows(file) -> Iterator[Row]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8"))
+            text = raw.decode("utf-8")
+            text = text.removeprefix("\ufeff") if line == 1 else text  # a byte-order mark
+            row = json.loads(text, object_pairs_hook=_each_once)
         except UnicodeDecodeError as error:
             yield line, None, f"not UTF-8 at byte {error.start + 1} of the line"
         except json.JSONDecodeError as error:
             yield line, None, f"not JSON: {error.msg} at column {error.colno}"
         except RecursionError:
             yield line, None, "not JSON that can be read: nested too deep"
+        except TwiceError as error:
+            yield line, None, str(error)
         except ValueError as error:  # an integer of more than 4,300 digits
             yield line, None, f"not JSON that can be read: {error}"
         else:
@@ -65,6 +69,19 @@ def _json_rows(file) -> Iterator[Row]:
                 row if good else None,
                 None if good else f"expected an object, got {type(row).__name__}",
             )
+
+
+class TwiceError(ValueError):
+    """A key given twice in one object, where JSON takes the last one without a word."""
+
+
+def _each_once(items: list[tuple]) -> dict:
+    row = dict(items)
+    if len(row) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TwiceError(f"the key {twice!r} is given twice")
+    return row
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -52,6 +52,8 @@ def whole_folder(final: Path):
         complete(partial, final)
     except BaseException:
         _remove(partial)
+        with contextlib.suppress(OSError):  # another folder is being written
+            partial.parent.rmdir()
         raise
 
 

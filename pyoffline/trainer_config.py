@@ -6,7 +6,7 @@ Not here: the trainer (trainer.py); what a run needs beside it, model, data and 
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
+from transformers import TrainingArguments, integrations
 
 from pyoffline.aggregate import ALIASES, MODES
 from pyoffline.backends import NAMES
@@ -53,7 +53,7 @@ class OfflineConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        wrong = [*self._choices(), *self._numbers()]
+        wrong = [*self._choices(), *self._numbers(), *self._reports()]
         if wrong:
             raise ValueError("; ".join(wrong))
         refused = {
@@ -90,5 +90,17 @@ class OfflineConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 yield f"{name}: expected at least {least}, got {value}"
+        if self.max_steps == 0 or self.max_steps < -1:
+            yield (
+                f"max_steps: expected at least 1, or -1 (num_train_epochs says how long), got "
+                f"{self.max_steps}"
+            )
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs: expected more than 0, got {self.num_train_epochs}"
+
+    def _reports(self):
+        """Loggers that are not installed: transformers says so after the data was read."""
+        for name in self.report_to:
+            there = getattr(integrations, f"is_{name}_available", None)
+            if there is not None and not there():
+                yield f"report_to: {name} is not installed; install it, or leave it out"

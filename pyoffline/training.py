@@ -66,13 +66,14 @@ def run_training(
 
 
 def _train(trainer, stop, start) -> RunResult:
-    from pyoffline.callbacks import StoppedInEvaluation
+    from pyoffline.callbacks import StoppedInEvaluation, close_bars
 
     try:
         trainer.train(resume_from_checkpoint=start)
     except StoppedInEvaluation:
         trainer.save_checkpoint()
     finally:
+        close_bars(trainer)
         stop.restore()
     run, step = Path(trainer.args.output_dir), trainer.state.global_step
     folder = run / "final" if stop.stopped_by is None else run / f"checkpoint-{step}"
@@ -167,6 +168,7 @@ def build_trainer(config: RunConfig, args, model, tokenizer, data):
     from pyoffline.trainer import OfflineTrainer
 
     check_ids(config, data, model)
+    check_trains(config, model)
     train, evaluation, needs = data
     pad = (
         tokenizer.pad_token_id
@@ -235,6 +237,18 @@ def check_ids(config: RunConfig, data, model) -> None:
         problems += [f"{path}:{line}: {name}: {why}" for line, name, why in found]
     if problems:
         raise DataError(problems, rows)
+
+
+def check_trains(config: RunConfig, model) -> None:
+    """ConfigError where every parameter is frozen, as transformers loads the folder of an
+    adapter.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        problem = (
+            "no parameter of it trains (the folder of a PEFT adapter is loaded frozen): merge the "
+            "adapter and save the whole model, or give a PEFT model to po.OfflineTrainer in Python"
+        )
+        raise ConfigError(f"model.path {config.model.path}", [problem])
 
 
 def stock_trainer() -> type:
