@@ -91,7 +91,7 @@ def logits_losses(
 ) -> tuple[Tensor, Tensor]:
     """loss_t [N] and its coefficients [4, N]."""
     shared = (None, class_weight)
-    head = ops._PLAIN_HEAD
+    head = ops.PLAIN_HEAD
     rows = ops.op_rows(labels, [None] * 6, extras, gates, shared, codes, hyper, head, ignore_index)
     out = load(backend, logits).logits(LogitsCall(logits, rows, False, True)).out
     return out.loss, out.coefs
