@@ -33,10 +33,9 @@ float* floats(const Matrix& x, int64_t row, int64_t col) {
 void tile_logits(const TileKernels& kernels, const Matrix& hidden, const Matrix& weight,
                  const Matrix& out, int threads) {
   const Kernels& array = active_kernels();
-  TileScratch scratch(threads);
   const TileProduct product = {hidden.rows, weight.rows, hidden.cols, plain(hidden),
                                transposed(weight)};
-  tile_gemm(kernels, product, threads, false, &scratch, [&](const TileSum& sum) {
+  tile_gemm(kernels, product, threads, false, [&](const TileSum& sum) {
     for (int64_t i = 0; i < sum.rows; ++i)
       array.scale_cast(sum.data + i * sum.stride, DType::f32, at(out, sum.row + i, sum.col),
                        out.type, sum.cols, 1.0f);
@@ -45,22 +44,19 @@ void tile_logits(const TileKernels& kernels, const Matrix& hidden, const Matrix&
 
 void tile_dhidden(const TileKernels& kernels, const Matrix& dlogits, const Matrix& weight,
                   const Matrix& out, int threads) {
-  TileScratch scratch(threads);
-  const int64_t vocab = dlogits.cols;
-  for (int64_t v0 = 0; v0 < std::max<int64_t>(vocab, 1); v0 += kTileDHiddenPanel) {
-    const TileProduct product = {dlogits.rows,
-                                 weight.cols,
-                                 std::min(kTileDHiddenPanel, vocab - v0),
-                                 {at(dlogits, 0, v0), dlogits.row_stride, false},
-                                 {at(weight, v0, 0), weight.row_stride, false}};
-    tile_gemm(kernels, product, threads, false, &scratch, [&](const TileSum& sum) {
-      for (int64_t i = 0; i < sum.rows; ++i) {
-        const float* from = sum.data + i * sum.stride;
-        float* to = floats(out, sum.row + i, sum.col);
-        for (int64_t j = 0; j < sum.cols; ++j) to[j] = v0 == 0 ? from[j] : to[j] + from[j];
+  const TileProduct product = {dlogits.rows,   weight.cols,   dlogits.cols,
+                               plain(dlogits), plain(weight), kTileDHiddenPanel};
+  tile_gemm(kernels, product, threads, false, [&](const TileSum& sum) {
+    for (int64_t i = 0; i < sum.rows; ++i) {
+      const float* from = sum.data + i * sum.stride;
+      float* to = floats(out, sum.row + i, sum.col);
+      if (sum.is_first) {
+        std::copy(from, from + sum.cols, to);
+      } else {
+        for (int64_t j = 0; j < sum.cols; ++j) to[j] += from[j];
       }
-    });
-  }
+    }
+  });
 }
 
 void tile_dweight(const TileKernels& kernels, const Matrix& dlogits, const Matrix& hidden,
@@ -68,10 +64,9 @@ void tile_dweight(const TileKernels& kernels, const Matrix& dlogits, const Matri
   const Kernels& array = active_kernels();
   const Matrix &acc = dweight.acc, &out = dweight.out;
   const float beta = dweight.beta;
-  TileScratch scratch(threads);
   const TileProduct product = {dlogits.cols, hidden.cols, dlogits.rows, transposed(dlogits),
                                plain(hidden)};
-  tile_gemm(kernels, product, threads, false, &scratch, [&](const TileSum& sum) {
+  tile_gemm(kernels, product, threads, false, [&](const TileSum& sum) {
     for (int64_t i = 0; i < sum.rows; ++i) {
       const float* from = sum.data + i * sum.stride;
       if (acc.data) {

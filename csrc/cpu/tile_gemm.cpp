@@ -2,13 +2,16 @@
 //
 // A panel of b (at most kPanelElements) is packed once for all rows, shared by the team; a thread
 // packs a block of a and multiplies it with the panel's tiles into a strip of fp32 sums in its own
-// L2, while its next block of a is on the way. The shapes that the kernel is called with are few
-// whatever the product's: it is generated once per shape and thread, and kept.
+// L2, while its next block of a and its share of the next panel are on the way. The shapes that the
+// kernel is called with are few whatever the product's: it is generated once per shape and thread,
+// and kept.
 #include "tile_gemm.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "panel.h"
 #include "parallel.h"
@@ -33,78 +36,150 @@ const uint16_t* at(const Operand& x, int64_t i, int64_t j) {
   return x.transposed ? data + j * x.row_stride + i : data + i * x.row_stride + j;
 }
 
+// rows x cols of an operand as stored: `runs` runs of `length` elements.
+struct Block {
+  Bits bits;
+  int64_t runs, length;
+  int64_t lines() const { return runs * count(length, 32); }
+};
+
+Block stored(const Operand& x, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+  const Bits bits = {at(x, row, col), x.row_stride};
+  return x.transposed ? Block{bits, cols, rows} : Block{bits, rows, cols};
+}
+
+// Pulls a block into L2, some cache lines at every call. A block lies in short runs, a row of the
+// matrix apart: the hardware does not see the next one coming.
+class Prefetch {
+ public:
+  // Lines [from, to) of the block in `calls` calls.
+  Prefetch(const Block& block, int64_t from, int64_t to, int64_t calls)
+      : block_(block),
+        line_(from),
+        end_(to),
+        step_(count(to - from, std::max<int64_t>(calls, 1))) {}
+  Prefetch(const Block& block, int64_t calls) : Prefetch(block, 0, block.lines(), calls) {}
+  void some() {
+    const int64_t in_run = count(block_.length, 32), end = std::min(end_, line_ + step_);
+    for (; line_ < end; ++line_)
+      __builtin_prefetch(
+          block_.bits.data + line_ / in_run * block_.bits.stride + line_ % in_run * 32, 0, 2);
+  }
+
+ private:
+  Block block_;
+  int64_t line_, end_, step_;
+};
+
+// What is packed of b at a time: rows [k0, k0 + k) and columns [n0, n0 + n).
+struct Panel {
+  int64_t k0, k, n0, n;
+};
+
 // Columns of b that are packed at a time.
 int64_t panel_width(int64_t n, int64_t k) {
   const int64_t fit = kPanelElements / std::max<int64_t>(round_up(k, kInnerStep), 1);
   return std::min(round_up(n, kCols), std::clamp(fit / kCols * kCols, kCols, kMaxPanel));
 }
 
-// b[:, begin : begin + cols) as tiles [cols / kCols][k / 2][kCols][2]; a task reads b as it lies.
-void pack_panel(const TileProduct& p, int64_t begin, int64_t cols, int threads, uint16_t* panel) {
-  const int64_t inner = round_up(p.k, kInnerStep), tiles = count(cols, kCols);
+std::vector<Panel> panels_of(const TileProduct& p) {
+  const int64_t depth = p.k_panel ? p.k_panel : std::max<int64_t>(p.k, 1);
+  const int64_t width = panel_width(p.n, std::min(depth, p.k));
+  std::vector<Panel> panels;
+  for (int64_t k0 = 0; k0 < std::max<int64_t>(p.k, 1); k0 += depth)  // at least once
+    for (int64_t n0 = 0; n0 < p.n; n0 += width)
+      panels.push_back({k0, std::min(depth, p.k - k0), n0, std::min(width, p.n - n0)});
+  return panels;
+}
+
+// The panel as tiles [n / kCols][k / 2][kCols][2]; a task reads b as it lies.
+void pack_panel(const Operand& b, const Panel& panel, int threads, uint16_t* packed) {
+  const int64_t inner = round_up(panel.k, kInnerStep), tiles = count(panel.n, kCols);
   const auto pack_tile = [&](int64_t tile, int64_t k0, int64_t k_out) {
-    const int64_t n = std::min(kCols, cols - tile * kCols), k = std::min(k_out, p.k - k0);
-    const Bits source = {at(p.b, k0, begin + tile * kCols), p.b.row_stride};
-    uint16_t* out = panel + tile * kCols * inner + k0 * kCols;
-    (p.b.transposed ? pack_pairs_transposed : pack_pairs)(source, k, n, k_out, kCols, out);
+    const int64_t n = std::min(kCols, panel.n - tile * kCols), k = std::min(k_out, panel.k - k0);
+    const Bits source = {at(b, panel.k0 + k0, panel.n0 + tile * kCols), b.row_stride};
+    uint16_t* out = packed + tile * kCols * inner + k0 * kCols;
+    (b.transposed ? pack_pairs_transposed : pack_pairs)(source, k, n, k_out, kCols, out);
   };
-  if (p.b.transposed) {
+  if (b.transposed) {
     parallel_for(threads, tiles, [&](int64_t tile) { pack_tile(tile, 0, inner); });
     return;
   }
-  parallel_for(threads, inner / kInnerStep, [&](int64_t task) {
-    for (int64_t k0 = task * kInnerStep; k0 < (task + 1) * kInnerStep; k0 += 2)
-      for (int64_t tile = 0; tile < tiles; ++tile) pack_tile(tile, k0, 2);
+  parallel_for(threads, inner / kInnerStep, [&](int64_t step) {
+    for (int64_t tile = 0; tile < tiles; ++tile) pack_tile(tile, step * kInnerStep, kInnerStep);
   });
 }
+
+// The buffers of one product: their pages are touched once, by the thread that uses them.
+class TileScratch {
+ public:
+  explicit TileScratch(int threads) : strips_(threads) {}
+  float* panel(int64_t count) { return grown(&panel_, count); }
+  float* strip(int64_t thread, int64_t count) { return grown(&strips_[thread], count); }
+
+ private:
+  struct Buffer {
+    std::unique_ptr<PanelBuffer> data;
+    int64_t count = 0;
+  };
+  static float* grown(Buffer* buffer, int64_t count) {
+    if (!buffer->data || buffer->count < count) {
+      buffer->data = std::make_unique<PanelBuffer>(count);
+      buffer->count = count;
+    }
+    return buffer->data->get();
+  }
+  Buffer panel_;
+  std::vector<Buffer> strips_;
+};
 
 // The scratch of one thread: a strip of sums, then a block of a.
 constexpr int64_t kStripCount = kRows * (kStripStride + kInner / 2);
 
+// What every panel of a call shares.
+struct Work {
+  const TileKernels& kernels;
+  const TileProduct& product;
+  const TileDone& done;
+  int threads;
+  bool in_order;
+  TileScratch scratch;
+  uint16_t* packed;  // the panel
+};
+
+// Rows of the result, columns of the panel.
 struct Strip {
-  int64_t row, rows, col, cols;  // col within the panel
+  int64_t row, rows, col, cols;
 };
 
-// A block of a as it is stored, for k in [k0, k0 + k): `rows` runs of `cols` elements.
-struct Block {
-  Bits bits;
-  int64_t rows, cols;
-};
-
-Block stored_block(const TileProduct& p, int64_t row, int64_t rows, int64_t k0) {
-  const int64_t k = std::min(kInner, p.k - k0);
-  const Bits bits = {at(p.a, row, k0), p.a.row_stride};
-  return p.a.transposed ? Block{bits, k, rows} : Block{bits, rows, k};
+// The first block of a that a strip of these rows needs.
+Block first_block(const Work& work, const Panel& panel, int64_t row, int64_t rows) {
+  if (panel.k == 0 || rows <= 0) return {};
+  return stored(work.product.a, row, rows, panel.k0, std::min(kInner, panel.k));
 }
 
-// Part `part` of `parts` of a block is pulled into L2. A block lies in short runs, a row of the
-// matrix apart: the hardware does not see the next one coming, and waiting for it costs 5 %.
-void prefetch(const Block& block, int64_t part, int64_t parts) {
-  const int64_t lines = count(block.cols, 32), total = block.rows * lines;
-  for (int64_t i = total * part / parts; i < total * (part + 1) / parts; ++i)
-    __builtin_prefetch(block.bits.data + i / lines * block.bits.stride + i % lines * 32, 0, 2);
-}
-
-// next: the block of a that this thread needs after the strip.
-void multiply_strip(const TileKernels& kernels, const TileProduct& p, const Strip& s,
-                    const Block& next, const uint16_t* panel, float* sums) {
-  uint16_t* packed = reinterpret_cast<uint16_t*>(sums + kRows * kStripStride);
-  const int64_t inner = round_up(p.k, kInnerStep), rows = round_up(s.rows, kRowStep);
-  if (p.k == 0) std::memset(sums, 0, kRows * kStripStride * sizeof(float));
-  for (int64_t k0 = 0; k0 < p.k; k0 += kInner) {
-    const Block block = stored_block(p, s.row, s.rows, k0);
-    if (p.a.transposed) {
-      pack_transpose(block.bits, block.rows, block.cols, rows, kInner, packed);
-    } else {
-      pack_copy(block.bits, block.rows, block.cols, rows, kInner, packed);
-    }
-    const bool is_last = k0 + kInner >= p.k;
-    const Block ahead = is_last ? next : stored_block(p, s.row, s.rows, k0 + kInner);
-    const int64_t padded = round_up(std::min(kInner, p.k - k0), kInnerStep);
+// next: the block of a that this thread needs after the strip. beside: more to pull in meanwhile.
+void multiply_strip(const Work& work, const Panel& panel, const Strip& s, const Block& next,
+                    float* sums, Prefetch* beside) {
+  const Operand& a = work.product.a;
+  uint16_t* left = reinterpret_cast<uint16_t*>(sums + kRows * kStripStride);
+  const int64_t inner = round_up(panel.k, kInnerStep), rows = round_up(s.rows, kRowStep);
+  if (panel.k == 0) std::memset(sums, 0, kRows * kStripStride * sizeof(float));
+  for (int64_t k0 = 0; k0 < panel.k; k0 += kInner) {
+    const int64_t k = std::min(kInner, panel.k - k0), left_over = panel.k - k0 - k;
+    const Block block = stored(a, s.row, s.rows, panel.k0 + k0, k);
+    (a.transposed ? pack_transpose : pack_copy)(block.bits, block.runs, block.length, rows, kInner,
+                                                left);
+    Block ahead = next;
+    if (left_over > 0)
+      ahead = stored(a, s.row, s.rows, panel.k0 + k0 + k, std::min(kInner, left_over));
+    Prefetch prefetch(ahead, count(s.cols, kCols));
     for (int64_t n0 = 0; n0 < s.cols; n0 += kCols) {
-      prefetch(ahead, n0 / kCols, count(s.cols, kCols));
-      kernels.multiply(rows, kCols, padded, kInner, kCols, kStripStride, k0 > 0, packed,
-                       panel + (s.col + n0) * inner + k0 * kCols, sums + n0, true);
+      prefetch.some();
+      beside->some();
+      work.kernels.multiply(rows, kCols, round_up(k, kInnerStep), kInner, kCols, kStripStride,
+                            k0 > 0, left, work.packed + (s.col + n0) * inner + k0 * kCols,
+                            sums + n0, true);
     }
   }
 }
@@ -116,40 +191,51 @@ int64_t block_rows(int64_t m, int64_t strips, int threads) {
   return rows;
 }
 
+// All rows times one panel, while next_panel is pulled in. A task is one strip or, in order, all of
+// a row block's.
+void multiply_panel(Work& work, const Panel& panel, const Block& next_panel) {
+  const int64_t m = work.product.m;
+  const int64_t width = round_up(count(panel.n, count(panel.n, kStrip)), kCols);  // evenly cut
+  const int64_t strips = count(panel.n, width), lanes = work.in_order ? 1 : strips;
+  const int64_t height = block_rows(m, lanes, work.threads), tasks = count(m, height) * lanes;
+  const int64_t calls = count(panel.k, kInner) * count(panel.n, kCols) / lanes;
+  const int64_t lines = next_panel.lines();
+  std::atomic<int64_t> next{0};
+  parallel_for(work.threads, work.threads, [&](int64_t thread) {
+    float* sums = work.scratch.strip(thread, kStripCount);
+    for (int64_t task = next++, after = 0; task < tasks; task = after) {
+      after = next++;
+      const int64_t row = task / lanes * height, row_after = after / lanes * height;
+      const Block ahead = first_block(work, panel, row_after, std::min(height, m - row_after));
+      Prefetch beside(next_panel, lines * task / tasks, lines * (task + 1) / tasks, calls);
+      for (int64_t i = task % lanes; i < strips; i += lanes) {
+        const Strip s = {row, std::min(height, m - row), i * width,
+                         std::min(width, panel.n - i * width)};
+        multiply_strip(work, panel, s, ahead, sums, &beside);
+        work.done({sums, kStripStride, s.row, panel.n0 + s.col, s.rows, s.cols, panel.k0 == 0});
+      }
+    }
+    work.kernels.release(true);
+  });
+}
+
 }  // namespace
 
 void tile_gemm(const TileKernels& kernels, const TileProduct& p, int threads, bool in_order,
-               TileScratch* scratch, const TileDone& done) {
+               const TileDone& done) {
   if (p.m == 0 || p.n == 0) return;
-  const int64_t width = panel_width(p.n, p.k);
-  // two bf16 in a float's place
-  float* panel = scratch->panel(width * round_up(p.k, kInnerStep) / 2);
-  uint16_t* packed = reinterpret_cast<uint16_t*>(panel);
-  for (int64_t begin = 0; begin < p.n; begin += width) {
-    const int64_t cols = std::min(width, p.n - begin);
-    const int64_t strip = round_up(count(cols, count(cols, kStrip)), kCols);  // evenly cut
-    const int64_t strips = count(cols, strip);
-    // a task is one strip, or all of a row block's one after the other
-    const int64_t lanes = in_order ? 1 : strips, height = block_rows(p.m, lanes, threads);
-    const int64_t tasks = count(p.m, height) * lanes;
-    const auto rows_at = [&](int64_t row) { return std::min(height, p.m - row); };
-    pack_panel(p, begin, cols, threads, packed);
-    std::atomic<int64_t> next{0};
-    parallel_for(threads, threads, [&](int64_t thread) {
-      float* sums = scratch->strip(thread, kStripCount);
-      for (int64_t task = next++, after = 0; task < tasks; task = after) {
-        after = next++;
-        const int64_t row = task / lanes * height, row_after = after / lanes * height;
-        Block ahead = {};
-        if (after < tasks && p.k > 0) ahead = stored_block(p, row_after, rows_at(row_after), 0);
-        for (int64_t i = task % lanes; i < strips; i += lanes) {
-          const Strip s = {row, rows_at(row), i * strip, std::min(strip, cols - i * strip)};
-          multiply_strip(kernels, p, s, ahead, packed, sums);
-          done({sums, kStripStride, s.row, begin + s.col, s.rows, s.cols});
-        }
-      }
-      kernels.release(true);
-    });
+  const std::vector<Panel> panels = panels_of(p);
+  Work work = {kernels, p, done, threads, in_order, TileScratch(threads), nullptr};
+  const int64_t size = round_up(panels[0].n, kCols) * round_up(panels[0].k, kInnerStep);
+  work.packed = reinterpret_cast<uint16_t*>(work.scratch.panel(size / 2));  // a float holds two
+  for (size_t i = 0; i < panels.size(); ++i) {
+    Block next = {};
+    if (i + 1 < panels.size()) {
+      const Panel& n = panels[i + 1];
+      next = stored(p.b, n.k0, n.k, n.n0, n.n);
+    }
+    pack_panel(p.b, panels[i], threads, work.packed);
+    multiply_panel(work, panels[i], next);
   }
 }
 

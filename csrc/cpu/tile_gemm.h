@@ -9,10 +9,7 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
-#include <vector>
 
-#include "panel.h"
 #include "vendor_gemm.h"
 
 namespace pyoffline {
@@ -29,46 +26,27 @@ struct TileKernels {
   TileRelease release = nullptr;
 };
 
-// op(a)[m,k] @ op(b)[k,n], both bf16.
+// op(a)[m,k] @ op(b)[k,n], both bf16. k_panel: how much of k is summed before a strip is handed
+// out; 0: all of it.
 struct TileProduct {
   int64_t m, n, k;
   Operand a, b;
+  int64_t k_panel = 0;
 };
 
-// Rows [row, row + rows) and columns [col, col + cols) of the result.
+// Rows [row, row + rows) and columns [col, col + cols) of the result, or of one k_panel's part of
+// it: the parts of an element come in order.
 struct TileSum {
   const float* data;
   int64_t stride, row, col, rows, cols;
+  bool is_first;
 };
 using TileDone = std::function<void(const TileSum& sum)>;
-
-// What products of one loop share, so that its pages are touched once.
-class TileScratch {
- public:
-  explicit TileScratch(int threads) : strips_(threads) {}
-  float* panel(int64_t count) { return grown(&panel_, count); }
-  float* strip(int64_t thread, int64_t count) { return grown(&strips_[thread], count); }
-
- private:
-  struct Buffer {
-    std::unique_ptr<PanelBuffer> data;
-    int64_t count = 0;
-  };
-  static float* grown(Buffer* buffer, int64_t count) {
-    if (!buffer->data || buffer->count < count) {
-      buffer->data = std::make_unique<PanelBuffer>(count);
-      buffer->count = count;
-    }
-    return buffer->data->get();
-  }
-  Buffer panel_;
-  std::vector<Buffer> strips_;
-};
 
 // Calls `done` for every strip of the result, from several threads. in_order: the strips of a row
 // come from left to right, one after the other. k = 0 gives strips of zeros.
 void tile_gemm(const TileKernels& kernels, const TileProduct& product, int threads, bool in_order,
-               TileScratch* scratch, const TileDone& done);
+               const TileDone& done);
 
 // Scratch of one product, at most.
 int64_t tile_gemm_nbytes(int64_t n, int64_t k, int threads);
