@@ -59,3 +59,15 @@ def frozen_heap():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(params=["mkl", "tiles"])
+def bf16_kernel(request):
+    """What multiplies bf16 on the CPU backend: MKL, or oneDNN's tile kernel."""
+    from pyoffline import _C
+
+    if request.param == "tiles" and not _C.gemm_info()["tiles"]:
+        pytest.skip("not run: no bf16 tile kernel (CPU without avx512_bf16, or another torch)")
+    _C.set_tile_gemm(request.param == "tiles")
+    yield request.param
+    _C.set_tile_gemm(True)

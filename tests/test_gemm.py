@@ -16,14 +16,9 @@ FOUND = _C.gemm_info()
 pytestmark = pytest.mark.skipif(bool(FOUND["missing"]), reason=f"not run: {FOUND['missing']}")
 
 
-@pytest.fixture(params=["mkl", "tiles"], autouse=True)
-def kernel(request):
-    """What multiplies bf16."""
-    if request.param == "tiles" and not FOUND["tiles"]:
-        pytest.skip("not run: no bf16 tile kernel (CPU without avx512_bf16, or another torch)")
-    _C.set_tile_gemm(request.param == "tiles")
-    yield request.param
-    _C.set_tile_gemm(True)
+@pytest.fixture(autouse=True)
+def kernel(bf16_kernel):
+    return bf16_kernel
 
 
 # (C, D, V, why)

@@ -23,14 +23,9 @@ PANEL = _C.gemm_info()["panels"]["logits"]
 BORDERS = (1, 2, 37, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL, 3 * PANEL + 5)
 
 
-@pytest.fixture(params=["mkl", "tiles"], autouse=True)
-def kernel(request):
-    """What multiplies bf16."""
-    if request.param == "tiles" and not _C.gemm_info()["tiles"]:
-        pytest.skip("not run: no bf16 tile kernel (CPU without avx512_bf16, or another torch)")
-    _C.set_tile_gemm(request.param == "tiles")
-    yield request.param
-    _C.set_tile_gemm(True)
+@pytest.fixture(autouse=True)
+def kernel(bf16_kernel):
+    return bf16_kernel
 
 
 def both(logits, *, block_rows=4096, **given) -> tuple[dict, dict]:

@@ -154,7 +154,7 @@ void* torch_symbol(const char* name) {
 
 void require_vendor_gemm(DType type) {
   Symbols found = symbols();
-  if (enabled && (has(found, type) || (type == DType::bf16 && tile_kernels()))) return;
+  if (enabled && (has(found, type) || tile_kernels_of(type))) return;
   throw std::runtime_error("gemm: no vendor GEMM for this dtype (" + missing_reason(found) +
                            "); use torch's own products");
 }
