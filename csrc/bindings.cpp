@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/scratch.h"
 
 namespace pyoffline {
 
@@ -70,6 +71,31 @@ void advise_hugepages_py(py::object tensor) {
 #endif
 }
 
+// A block as Python's buffer protocol shows it: a tensor made from it holds it for its own life.
+class ScratchBuffer {
+ public:
+  explicit ScratchBuffer(py::ssize_t nbytes) : nbytes_(nbytes), scratch_(checked(nbytes)) {}
+  py::buffer_info info() {
+    return {scratch_.get(), 1, py::format_descriptor<uint8_t>::format(), nbytes_};
+  }
+
+ private:
+  static size_t checked(py::ssize_t nbytes) {
+    if (nbytes < 0) throw py::value_error("scratch: nbytes: expected at least 0");
+    return static_cast<size_t>(nbytes);
+  }
+  py::ssize_t nbytes_;
+  Scratch scratch_;
+};
+
+void bind_scratch(py::module_& module) {
+  py::class_<ScratchBuffer>(module, "scratch", py::buffer_protocol(),
+                            "Writable memory that is kept for the next call when dropped.")
+      .def(py::init<py::ssize_t>(), py::arg("nbytes"))
+      .def_buffer(&ScratchBuffer::info);
+  module.def("release_scratch", release_scratch, "Unmaps idle scratch; returns its bytes.");
+}
+
 void set_isa_py(const std::string& name) {
   if (set_isa(name)) return;
   std::string known;
@@ -115,6 +141,7 @@ PYBIND11_MODULE(_C, module) {
   bind_gemm(module);
   bind_distill(module);
   bind_small(module);
+  bind_scratch(module);
   module.def("isa", [] { return std::string(isa()); }, "The instruction set in use.");
   module.def(
       "isas",

@@ -58,6 +58,7 @@ from pyoffline.records import LossOutput as LossOutput
 from pyoffline.records import SequenceBatch as SequenceBatch
 from pyoffline.records import TokenBatch as TokenBatch
 from pyoffline.records import TokenStats as TokenStats
+from pyoffline.scratch import release_scratch as release_scratch
 from pyoffline.sequence_objectives import GMPO as GMPO
 from pyoffline.sequence_objectives import GSPO as GSPO
 from pyoffline.sequence_objectives import LUSPO as LUSPO

@@ -55,7 +55,11 @@ class Kernels(Protocol):
 
     def weighted_sum(self, loss: Tensor, weights: Tensor | None) -> Tensor: ...
 
-    def empty(self, shape, dtype: torch.dtype, device) -> Tensor: ...
+    def empty(self, shape, dtype: torch.dtype, device) -> Tensor:
+        """Memory of a result."""
+
+    def scratch(self, shape, dtype: torch.dtype, device) -> Tensor:
+        """Memory that no result of the call holds on to."""
 
 
 class NoShortcuts:
@@ -96,7 +100,7 @@ class WeightGrad:
         if own and not self.two_level:
             self.acc = self.out
         else:
-            self.acc = k.empty(weight.shape, total, weight.device) if chunks > 1 else None
+            self.acc = k.scratch(weight.shape, total, weight.device) if chunks > 1 else None
 
     def add(self, k: Kernels, dlogits: Tensor, source: Tensor, last: bool) -> None:
         """Add one chunk; the last one scales and rounds into `out`."""

@@ -133,8 +133,15 @@ class CpuKernels(NoShortcuts):
     def empty(self, shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def scratch(self, shape, dtype, device):
+        count = math.prod(shape)
+        if count == 0:
+            return self.empty(shape, dtype, device)
+        memory = _C.scratch(count * dtype.itemsize)  # goes back when the tensor does
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
     def buffer(self, rows, vocab, dtype, device):
-        return self.empty((rows, vocab), dtype, device)
+        return self.scratch((rows, vocab), dtype, device)
 
     def logits(self, call, hidden, adapter, out):
         if adapter is None and has_vendor_gemm(hidden.dtype):

@@ -49,6 +49,8 @@ class GpuGemm(NoShortcuts):
     def empty(self, shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
 
+    scratch = empty
+
     def buffer(self, rows, vocab, dtype, device):
         stride = -(-vocab // ROW_UNIT) * ROW_UNIT
         return self.empty((rows, stride), dtype, device)[:, :vocab]

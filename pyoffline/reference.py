@@ -126,6 +126,8 @@ class ReferenceKernels(NoShortcuts):
     def empty(self, shape, dtype, device):
         return torch.empty(shape, dtype=dtype, device=device)
 
+    scratch = empty
+
     def logits(self, call, hidden, adapter, out):
         if call.logits_dtype == call.hidden.dtype and adapter is None:
             out.copy_(F.linear(hidden, call.weight))

@@ -1,11 +1,10 @@
 // The strips of V that products work in: their widths, and their fp32 scratch.
 #pragma once
 
-#include <sys/mman.h>
-
-#include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <new>
+
+#include "scratch.h"
 
 namespace pyoffline {
 
@@ -26,22 +25,14 @@ constexpr int64_t kPad = 16;
 // Rows of V that one product of dhidden on the tile kernel takes (tile_gemm.h).
 constexpr int64_t kTileDHiddenPanel = 4096;
 
-// fp32 scratch that lives for one call. No huge pages: where memory is fragmented their first touch
-// stalls on compaction (0.4 s for 272 MiB, against 0.05 s in small pages, 2026-11-21).
+// fp32 scratch of one call.
 class PanelBuffer {
  public:
-  explicit PanelBuffer(int64_t count) : nbytes_(std::max<int64_t>(count, 1) * sizeof(float)) {
-    data_ = mmap(nullptr, nbytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data_ == MAP_FAILED) throw std::bad_alloc();
-  }
-  ~PanelBuffer() { munmap(data_, nbytes_); }
-  PanelBuffer(const PanelBuffer&) = delete;
-  PanelBuffer& operator=(const PanelBuffer&) = delete;
-  float* get() const { return static_cast<float*>(data_); }
+  explicit PanelBuffer(int64_t count) : scratch_(static_cast<size_t>(count) * sizeof(float)) {}
+  float* get() const { return static_cast<float*>(scratch_.get()); }
 
  private:
-  size_t nbytes_;
-  void* data_;
+  Scratch scratch_;
 };
 
 }  // namespace pyoffline

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyoffline as po
+
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 TIMEOUT_S = 400
 SMALL_ROWS = 16
@@ -29,6 +31,7 @@ def status_nbytes(field: str) -> int:
 def reset_peak() -> int:
     """Return freed memory to the system, set VmHWM to the resident size, return it in bytes."""
     gc.collect()
+    po.release_scratch()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -80,7 +83,6 @@ def measure(job: dict) -> dict:
     """
     import torch
 
-    import pyoffline as po
     from pyoffline.benchmarks.runner import budget_of
 
     on_cpu = job.get("device", "cpu") == "cpu"

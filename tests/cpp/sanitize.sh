@@ -27,7 +27,7 @@ build() {
     stem=$(basename "$source" .cpp)
     # shellcheck disable=SC2086
     [ "$folder/$stem.o" -nt "$source" ] ||
-      $CXX -O1 -g -std=c++17 -fno-math-errno -fno-omit-frame-pointer ${isa_flags[$stem]-} "$@" -c "$source" -o "$folder/$stem.o"
+      $CXX -O1 -g -std=c++17 -DPYOFFLINE_POISON_SCRATCH -fno-math-errno -fno-omit-frame-pointer ${isa_flags[$stem]-} "$@" -c "$source" -o "$folder/$stem.o"
   done
   # exported, so that the stand-ins for the vendor GEMMs are found by dlsym
   $CXX -rdynamic "$@" "$folder"/*.o -ldl -o "$folder/driver"
