@@ -37,14 +37,15 @@ def _sgemm_nbytes(hidden: int, cpu: str) -> int:
 
 
 def _tile_nbytes(rows: int, hidden: int, vocab: int, panel: int) -> tuple[int, int]:
-    """(what the first two products take beyond the third, what the third takes)."""
+    """(dhidden of a chunk before its cast, the panels: scratch.h keeps those of each product)."""
     from pyoffline import _C
 
     threads = torch.get_num_threads()
+    strips = _C.tile_gemm_nbytes(0, 0, threads)
     logits = _C.tile_gemm_nbytes(vocab, hidden, threads)
-    dhidden = _C.tile_gemm_nbytes(hidden, min(vocab, panel), threads) + rows * hidden * 4
-    dweight = _C.tile_gemm_nbytes(hidden, rows, threads)
-    return max(logits, dhidden) - dweight, dweight
+    dhidden = _C.tile_gemm_nbytes(hidden, min(vocab, panel), threads)
+    dweight = _C.tile_gemm_nbytes(hidden, rows, threads) - strips
+    return rows * hidden * 4, max(logits, dhidden) + dweight
 
 
 def _gemm_nbytes(

@@ -17,16 +17,9 @@ from pyoffline.benchmarks.cases import Case
 from pyoffline.benchmarks.check import check
 from pyoffline.benchmarks.floor import Floor
 from pyoffline.benchmarks.providers import Provider
-from pyoffline.benchmarks.shapes import (
-    CHUNK,
-    DTYPES,
-    MIB,
-    Inputs,
-    Shape,
-    make_inputs,
-    memory_bar,
-)
+from pyoffline.benchmarks.shapes import DTYPES, MIB, Inputs, Shape, make_inputs, memory_bar
 from pyoffline.benchmarks.timer import Variant, interleave, paired, time_once
+from pyoffline.plan import DEFAULT_BUDGET
 
 PEER_ROWS_DIVISOR, PEER_ROWS_MIN = 16, 64
 FLOOR = "floor"
@@ -260,7 +253,8 @@ def _memory(case: Case, shape: Shape, dtype: str, settings: Settings, peers: lis
     for name, backend, budget in variants_of_ours(case, settings):
         line = measure({**job, "provider": "ours", "budget": budget, "backend": backend})
         if "extra_nbytes" in line:
-            less = 0 if budget is None else CHUNK[settings.device] - budget * MIB
+            # a budget is for the chunk: what the bar allows beside it stays
+            less = 0 if budget is None else DEFAULT_BUDGET[settings.device] - budget * MIB
             bar = memory_bar(shape, settings.device) - less
             line["bar_nbytes"], line["passed"] = bar, line["extra_nbytes"] <= bar
         plan = plan_of(case, shape, dtype, budget, settings.device)
