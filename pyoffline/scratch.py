@@ -7,6 +7,7 @@ def release_scratch() -> int:
     That is the chunk of logits, the fp32 accumulator of dweight and the GEMMs' panels of earlier
     calls: with what is in use at most 2 GiB, beyond which blocks go back at once. When memory is
     short the system takes the pages by itself (MADV_FREE), but counts them as resident until then.
+    Under a limit on mapped memory (`ulimit -d` or `-v`) nothing is kept.
     Without the extension there is nothing to give. A GPU has `torch.cuda.empty_cache()`.
     """
     try:

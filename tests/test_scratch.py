@@ -136,18 +136,27 @@ def test_what_cannot_be_mapped_is_a_memory_error():
     assert memoryview(_C.scratch(0)).nbytes == 0
 
 
-def test_idle_blocks_make_room_when_the_system_has_none():
-    """Under a limit of the address space a call takes what idle blocks hold."""
-    code = """
+LIMITED = """
 import resource, torch
 from pyoffline import _C
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20),) * 2)
+def take(mib):
+    return torch.frombuffer(_C.scratch(mib << 20), dtype=torch.uint8)
 for mib in (50, 500):  # neither serves the other
-    torch.frombuffer(_C.scratch(mib << 20), dtype=torch.uint8)
-torch.frombuffer(_C.scratch(200 << 20), dtype=torch.uint8)[::4096].fill_(1)
+    take(mib)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+take(200)[::4096].fill_(1)  # what is idle makes room
+assert _C.release_scratch() == 0  # and nothing is kept any more
+take(4)
+assert _C.release_scratch() == 0
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@linux
+def test_under_a_limit_of_mapped_memory_nothing_is_kept():
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

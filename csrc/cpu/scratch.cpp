@@ -2,6 +2,7 @@
 #include "scratch.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,6 +37,15 @@ Block mapped(std::size_t nbytes) {
 
 void unmap(const Block& block) { munmap(block.data, block.nbytes); }
 
+// A limit counts mapped memory, used or not: what is idle would be lacking elsewhere.
+bool mapping_is_limited() {
+  for (const auto which : {RLIMIT_DATA, RLIMIT_AS}) {
+    rlimit limit;
+    if (getrlimit(which, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) return true;
+  }
+  return false;
+}
+
 class Keeper {
  public:
   Keeper() { idle_.reserve(kMaxIdle); }
@@ -52,7 +62,7 @@ class Keeper {
     in_use_ -= block.nbytes;
     if (idle_.size() == kMaxIdle) drop_oldest();
     trim(block.nbytes);
-    if (in_use_ + block.nbytes > kScratchLimit) return unmap(block);
+    if (in_use_ + block.nbytes > kScratchLimit || mapping_is_limited()) return unmap(block);
 #ifdef MADV_FREE
     madvise(block.data, block.nbytes, MADV_FREE);  // advice: a refusal only keeps the pages
 #endif

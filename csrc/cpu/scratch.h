@@ -3,9 +3,10 @@
 // A training step needs the same hundreds of MiB every time, and fresh from the system each page of
 // 4 KiB costs a fault (1.2 us on a virtual machine: 4 % of a call, 2026-11-28). So a block that is
 // given back stays mapped, marked MADV_FREE: the system may take its pages whenever memory is
-// short, and until it does they are there without a fault. No huge pages: where memory is
-// fragmented their first touch stalls on compaction (0.4 s for 272 MiB, against 0.05 s in small
-// pages, 2026-11-21). A new block holds anything. Not here: memory that the user gets to see.
+// short, and until it does they are there without a fault. Under a limit on mapped memory (ulimit
+// -d, -v) nothing is kept. No huge pages: where memory is fragmented their first touch stalls on
+// compaction (0.4 s for 272 MiB, against 0.05 s in small pages, 2026-11-21). A new block holds
+// anything. Not here: memory that the user gets to see.
 #pragma once
 
 #include <cstddef>
