@@ -40,7 +40,7 @@ def kernels(monkeypatch):
 
         for name in arguments:
             monkeypatch.setattr(cls, name, spy(name, getattr(cls, name)))
-        for name in ("buffer", "empty"):
+        for name in ("buffer", "scratch", "empty"):
             monkeypatch.setattr(cls, name, shape_spy(getattr(cls, name)))
         return seen
 
