@@ -1,5 +1,5 @@
 """The CPU backend's scratch: kept between calls, bounded, given back on request, and never part of
-a result (PROMISES M2, A2)."""
+a result (PROMISES M2, M3)."""
 
 import os
 import resource
@@ -13,6 +13,7 @@ import torch
 
 import pyoffline as po
 from pyoffline import _C
+from pyoffline.benchmarks.memory import status_nbytes
 from pyoffline.cpu import CpuKernels
 
 MIB = 1 << 20
@@ -71,14 +72,10 @@ def test_the_next_call_finds_its_pages(rows):
 
 @linux
 def test_release_gives_the_memory_back():
-    def resident():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(v.split()[1]) for v in lines if v.startswith("VmRSS")) * 1024
-
     take(64 * MIB).fill_(1)
-    before = resident()
+    before = status_nbytes("VmRSS")
     assert po.release_scratch() == 64 * MIB
-    assert before - resident() > 60 * MIB
+    assert before - status_nbytes("VmRSS") > 60 * MIB
     assert po.release_scratch() == 0
 
 
