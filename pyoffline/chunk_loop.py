@@ -56,10 +56,10 @@ class Kernels(Protocol):
     def weighted_sum(self, loss: Tensor, weights: Tensor | None) -> Tensor: ...
 
     def empty(self, shape, dtype: torch.dtype, device) -> Tensor:
-        """Memory of a result."""
+        """Memory of a result, the user's for as long as something holds it."""
 
     def scratch(self, shape, dtype: torch.dtype, device) -> Tensor:
-        """Memory that no result of the call holds on to."""
+        """Memory for the call itself: no result holds on to it."""
 
 
 class NoShortcuts:

@@ -114,6 +114,10 @@ def run_rows(logits, dlogits, rows: Rows, out: RowOutputs, scale: float) -> None
 # Rows that one product of `_C.score_rows` takes at most: beyond it the weight is packed again, to
 # no measured loss, and the panel of fp32 sums stays within 64 MiB.
 SCORE_ROWS = 4096
+# Results from here on lie in memory that is kept once the user drops them (csrc/cpu/scratch.h), so
+# that the next step's gradient costs no page faults. What is smaller malloc keeps itself: its
+# threshold for mapping anew ends at 32 MiB.
+KEPT_RESULT = 32 << 20
 
 
 def _score_block(plan: PlanSettings, count: int) -> int:
@@ -131,6 +135,8 @@ class CpuKernels(NoShortcuts):
     asynchronous = False
 
     def empty(self, shape, dtype, device):
+        if math.prod(shape) * dtype.itemsize >= KEPT_RESULT:
+            return self.scratch(shape, dtype, device)
         return torch.empty(shape, dtype=dtype, device=device)
 
     def scratch(self, shape, dtype, device):
