@@ -30,6 +30,14 @@ float* floats(const Matrix& x, int64_t row, int64_t col) {
   return static_cast<float*>(at(x, row, col));
 }
 
+// to = beta to + from
+void add_to(float* __restrict__ to, const float* __restrict__ from, int64_t n, float beta) {
+  if (beta == 0.0f)
+    std::copy(from, from + n, to);
+  else
+    for (int64_t j = 0; j < n; ++j) to[j] = beta * to[j] + from[j];
+}
+
 void tile_logits(const TileKernels& kernels, const Matrix& hidden, const Matrix& weight,
                  const Matrix& out, int threads) {
   const Kernels& array = active_kernels();
@@ -49,12 +57,7 @@ void tile_dhidden(const TileKernels& kernels, const Matrix& dlogits, const Matri
   tile_gemm(kernels, product, threads, false, [&](const TileSum& sum) {
     for (int64_t i = 0; i < sum.rows; ++i) {
       const float* from = sum.data + i * sum.stride;
-      float* to = floats(out, sum.row + i, sum.col);
-      if (sum.is_first) {
-        std::copy(from, from + sum.cols, to);
-      } else {
-        for (int64_t j = 0; j < sum.cols; ++j) to[j] += from[j];
-      }
+      add_to(floats(out, sum.row + i, sum.col), from, sum.cols, sum.is_first ? 0.0f : 1.0f);
     }
   });
 }
@@ -71,7 +74,7 @@ void tile_dweight(const TileKernels& kernels, const Matrix& dlogits, const Matri
       const float* from = sum.data + i * sum.stride;
       if (acc.data) {
         float* to = floats(acc, sum.row + i, sum.col);
-        for (int64_t j = 0; j < sum.cols; ++j) to[j] = beta == 0 ? from[j] : beta * to[j] + from[j];
+        add_to(to, from, sum.cols, beta);
         from = to;
       }
       if (out.data)

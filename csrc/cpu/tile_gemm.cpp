@@ -153,9 +153,10 @@ struct Work {
   uint16_t* packed;  // the panel
 };
 
-// Rows of the result, columns of the panel.
+// Rows of the result, columns of the panel. same_rows: as the strip before it on this thread.
 struct Strip {
   int64_t row, rows, col, cols;
+  bool same_rows;
 };
 
 // The first block of a that a strip of these rows needs.
@@ -175,8 +176,9 @@ void multiply_strip(const Work& work, const Panel& panel, const Strip& s, const 
   for (int64_t k0 = 0; k0 < panel.k; k0 += depth) {
     const int64_t k = std::min(depth, panel.k - k0), left_over = panel.k - k0 - k;
     const Block block = stored(a, s.row, s.rows, panel.k0 + k0, k);
-    (a.transposed ? pack_transpose : pack_copy)(block.bits, block.runs, block.length, rows, depth,
-                                                left);
+    if (!s.same_rows || k < panel.k)
+      (a.transposed ? pack_transpose : pack_copy)(block.bits, block.runs, block.length, rows, depth,
+                                                  left);
     Block ahead = next;
     if (left_over > 0)
       ahead = stored(a, s.row, s.rows, panel.k0 + k0 + k, std::min(depth, left_over));
@@ -220,10 +222,12 @@ void multiply_panel(Work& work, const Panel& panel, const Block& next_panel) {
   const int64_t tasks = blocks.number * lanes;
   const int64_t calls = count(panel.k, kInner) * count(panel.n, kCols) / lanes;
   const int64_t lines = next_panel.lines();
-  std::atomic<int64_t> next{0};
+  // A thread takes its next task before it starts on one, to pull it in; so the first are given
+  // out: who came first would take two, of two.
+  std::atomic<int64_t> next{work.threads};
   parallel_for(work.threads, work.threads, [&](int64_t thread) {
     float* sums = work.scratch.strip(thread, kStripCount);
-    for (int64_t task = next++, after = 0; task < tasks; task = after) {
+    for (int64_t task = thread, after = 0; task < tasks; task = after) {
       after = next++;
       const int64_t block = task / lanes, block_after = after / lanes;
       const int64_t row = blocks.row(block), rows = blocks.row(block + 1) - row;
@@ -232,7 +236,8 @@ void multiply_panel(Work& work, const Panel& panel, const Block& next_panel) {
           first_block(work, panel, row_after, blocks.row(block_after + 1) - row_after);
       Prefetch beside(next_panel, lines * task / tasks, lines * (task + 1) / tasks, calls);
       for (int64_t i = task % lanes; i < strips; i += lanes) {
-        const Strip s = {row, rows, i * width, std::min(width, panel.n - i * width)};
+        const Strip s = {row, rows, i * width, std::min(width, panel.n - i * width),
+                         i != task % lanes};
         multiply_strip(work, panel, s, ahead, sums, &beside);
         work.done({sums, kStripStride, s.row, panel.n0 + s.col, s.rows, s.cols, panel.k0 == 0});
       }

@@ -1,7 +1,8 @@
 // Packing for tile_gemm.cpp: blocks of bf16 copied, transposed or interleaved in pairs of rows.
 //
-// SSE2 only, which every x86-64 has: the copies run at the speed of the memory behind them. What
-// lies beyond the block is filled with zeros up to the padded size.
+// Inner blocks in whole cache lines where the CPU has AVX-512 (tile_pack_avx512.h), their edges and
+// other CPUs by SSE2, what is left element by element. What lies beyond the block is filled with
+// zeros up to the padded size.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,8 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+
+#include "tile_pack_avx512.h"
 
 namespace pyoffline {
 
@@ -76,6 +79,18 @@ inline void transpose_pairs_4x8(const Bits&, uint16_t*, int64_t) {}
 inline void interleave_2x8(const uint16_t*, const uint16_t*, uint16_t*) {}
 #endif
 
+// block(i, j) for every whole rows x cols block of [0, m) x [0, n) that does not lie in
+// [0, done_m) x [0, done_n): what wider blocks have done.
+template <class Block>
+inline void for_blocks(int64_t m, int64_t n, int64_t rows, int64_t cols, int64_t done_m,
+                       int64_t done_n, const Block& block) {
+  for (int64_t i = 0; i + rows <= m; i += rows)
+    for (int64_t j = i < done_m ? done_n : 0; j + cols <= n; j += cols) block(i, j);
+}
+
+// The largest multiple of step up to n, 0 without wide blocks.
+inline int64_t wide_part(int64_t n, int64_t step) { return wide_pack() ? n / step * step : 0; }
+
 }  // namespace pack_detail
 
 // out[rows_out][width]: rows x cols of src, zeros beyond. width is the row length of out.
@@ -94,9 +109,13 @@ inline void pack_transpose(const Bits& src, int64_t rows, int64_t cols, int64_t 
   using namespace pack_detail;
   const int64_t wide_rows = kWide == 8 ? rows / 8 * 8 : 0,
                 wide_cols = kWide == 8 ? cols / 8 * 8 : 0;
-  for (int64_t i = 0; i < wide_rows; i += 8)
-    for (int64_t j = 0; j < wide_cols; j += 8)
-      transpose_8x8({src.data + i * src.stride + j, src.stride}, out + j * width + i, width);
+  const int64_t done_rows = wide_part(rows, 32), done_cols = wide_part(cols, 32);
+  for_blocks(done_rows, done_cols, 32, 32, 0, 0, [&](int64_t i, int64_t j) {
+    wide_transpose_32x32(src.data + i * src.stride + j, src.stride, out + j * width + i, width);
+  });
+  for_blocks(wide_rows, wide_cols, 8, 8, done_rows, done_cols, [&](int64_t i, int64_t j) {
+    transpose_8x8({src.data + i * src.stride + j, src.stride}, out + j * width + i, width);
+  });
   for (int64_t j = 0; j < cols_out; ++j) {
     const int64_t count = j < cols ? rows : 0;
     for (int64_t i = j < wide_cols ? wide_rows : 0; i < count; ++i)
@@ -112,7 +131,14 @@ inline void pack_pairs(const Bits& src, int64_t k, int64_t n, int64_t k_out, int
   for (int64_t i = 0; i < k_out; i += 2, out += 2 * width) {
     const int64_t count = i < k ? n : 0, wide = i + 1 < k && kWide == 8 ? n / 8 * 8 : 0;
     const uint16_t *even = src.data + i * src.stride, *odd = even + src.stride;
-    for (int64_t j = 0; j < wide; j += 8) interleave_2x8(even + j, odd + j, out + 2 * j);
+    const int64_t done = wide_part(wide, 32);
+    for (int64_t j = 0; j < done; j += 32) {
+      // the block beside this one is next: short runs a row apart, which the hardware does not see
+      __builtin_prefetch(even + count + j);
+      __builtin_prefetch(odd + count + j);
+      wide_interleave_2x32(even + j, odd + j, out + 2 * j);
+    }
+    for (int64_t j = done; j < wide; j += 8) interleave_2x8(even + j, odd + j, out + 2 * j);
     for (int64_t j = wide; j < count; ++j) {
       out[2 * j] = even[j];
       out[2 * j + 1] = i + 1 < k ? odd[j] : 0;
@@ -126,10 +152,14 @@ inline void pack_pairs_transposed(const Bits& src, int64_t k, int64_t n, int64_t
                                   int64_t width, uint16_t* out) {
   using namespace pack_detail;
   const int64_t wide_n = kWide == 8 ? n / 4 * 4 : 0, wide_k = kWide == 8 ? k / 8 * 8 : 0;
-  for (int64_t i = 0; i < wide_n; i += 4)
-    for (int64_t j = 0; j < wide_k; j += 8)
-      transpose_pairs_4x8({src.data + i * src.stride + j, src.stride}, out + j * width + 2 * i,
-                          width);
+  const int64_t done_n = wide_part(n, 16), done_k = wide_part(k, 32);
+  for_blocks(done_n, done_k, 16, 32, 0, 0, [&](int64_t i, int64_t j) {
+    wide_pairs_16x32(src.data + i * src.stride + j, src.stride, out + j * width + 2 * i, 2 * width);
+  });
+  for_blocks(wide_n, wide_k, 4, 8, done_n, done_k, [&](int64_t i, int64_t j) {
+    transpose_pairs_4x8({src.data + i * src.stride + j, src.stride}, out + j * width + 2 * i,
+                        width);
+  });
   for (int64_t i = 0; i < width; ++i)
     for (int64_t j = i < wide_n ? wide_k : 0; j < k_out; ++j)
       out[(j / 2) * 2 * width + 2 * i + j % 2] = i < n && j < k ? src.data[i * src.stride + j] : 0;

@@ -16,6 +16,7 @@
 #include "../../csrc/cpu/gemm.h"
 #include "../../csrc/cpu/half_bits.h"
 #include "../../csrc/distill_args.h"
+#include "pack_case.h"
 #include "tile_case.h"
 
 namespace {
@@ -323,8 +324,15 @@ int main(int argc, char** argv) {
   Rng rng(9);
   for (DType type : kTypes)
     for (int64_t vocab : {1, 1023, 1024, 1025, 2047, 2048, 2049, 4097}) one_gemm(rng, type, vocab);
-  const int tiles = tile_case::run_all(rng, 1) + tile_case::run_all(rng, 3);
-  std::printf("sanitize_driver: %d calls on each of %d paths, %d products, %d of tiles\n",
-              6 * calls, (int)isas().size(), fake_gemm_calls, tiles);
+  int blocks = pack_case::run_all();
+  int tiles = tile_case::run_all(rng, 1) + tile_case::run_all(rng, 3);
+  if (pack_detail::wide_pack()) {
+    pack_detail::wide_pack() = false;
+    blocks += pack_case::run_all();
+    tiles += tile_case::run_all(rng, 3);
+  }
+  std::printf(
+      "sanitize_driver: %d calls on each of %d paths, %d products, %d of tiles, %d blocks packed\n",
+      6 * calls, (int)isas().size(), fake_gemm_calls, tiles, blocks);
   return fake_gemm_calls > 0 ? 0 : 1;
 }
