@@ -28,8 +28,8 @@ def kernel(bf16_kernel):
     return bf16_kernel
 
 
-def both(logits, *, block_rows=4096, **given) -> tuple[dict, dict]:
-    """(score_rows on the identity and logits^T, row_pass on the logits)."""
+def both(logits, *, block_rows=4096, operands=None, **given) -> tuple[dict, dict]:
+    """(score_rows on the identity and logits^T, or on `operands`, row_pass on the logits)."""
     rows, vocab = logits.shape
     results = []
     for scoring in (True, False):
@@ -38,10 +38,10 @@ def both(logits, *, block_rows=4096, **given) -> tuple[dict, dict]:
         arguments = {k: v for k, v in given.items() if k not in ("logits", "labels")}
         if scoring:
             eye = torch.eye(rows, dtype=logits.dtype)
-            weight = logits.t().contiguous()
+            states, weight = operands or (eye, logits.t().contiguous())
             name = dtype_name(logits.dtype)
             _C.score_rows(
-                eye,
+                states,
                 weight,
                 given["labels"],
                 logits_dtype=name,
@@ -69,6 +69,24 @@ def test_every_output_equals_the_row_pass_at_every_border_of_a_panel(dtype, voca
     given = inputs(19, vocab, dtype, seed=vocab)
     got, want = both(given.pop("logits"), **given)
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("hidden", [1000, 2100])
+def test_wide_hidden_states(dtype, hidden):
+    """One block of the inner size and three, in each several strips of a panel: hidden states are
+    rows of the identity from all over it, so that the product is exact."""
+    rows, vocab = 150, 2500
+    given = inputs(rows, vocab, dtype, seed=hidden)
+    logits = given.pop("logits")
+    g = torch.Generator().manual_seed(hidden)
+    pick = torch.randperm(hidden, generator=g)[:rows]
+    states = torch.zeros(rows, hidden, dtype=dtype)
+    states[torch.arange(rows), pick] = 1.0
+    weight = torch.randn(vocab, hidden, generator=g).to(dtype)
+    weight[:, pick] = logits.t()
+    got, want = both(logits, operands=(states, weight), **given)
+    assert_same(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("head", [{"softcap": 0.0}, {"logit_scale": -1.5}, {"softcap": 3.0}])

@@ -365,4 +365,20 @@ MORE = (
         "out.is_top1 = sums.t_label == sums.t_label;",
         "tests/test_reference.py::test_log_sum_p2_and_top1_against_fp64[cpu]",
     ),
+    one(
+        143,
+        "scoring takes one block of the inner size for the next, on the tile kernel",
+        "csrc/cpu/tile_gemm.cpp",
+        "if (!s.same_rows || k < panel.k)",
+        "if (!s.same_rows)",
+        SCORE + "test_wide_hidden_states[tiles-2100-bfloat16]",
+    ),
+    one(
+        144,
+        "a block of scratch in use is given out again",
+        "csrc/cpu/scratch.cpp",
+        "if (fits != end) return remove(fits);",
+        "if (fits != end) return *fits;",
+        "tests/test_scratch.py::test_one_block_serves_calls_of_many_sizes",
+    ),
 )
