@@ -2,6 +2,7 @@
 exists. What the suite catches is measured by `make teeth` (tests/teeth/run.py), not here.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,14 @@ FILE, TEST = "pyoffline/metrics.py", "tests/test_teeth.py::test_no_row_of_the_ta
 @pytest.mark.parametrize("mutation", [*HISTORICAL, *MORE], ids=lambda m: str(m.number))
 def test_no_row_of_the_table_is_rotten(mutation):
     assert problems(mutation, ROOT) == []
+
+
+def test_every_named_test_is_collected():
+    """By its whole id: a fixture that gets parameters changes the ids of all that use it."""
+    named = sorted({test for m in [*HISTORICAL, *MORE] for test in m.tests})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *named], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_the_table_is_the_list_of_the_thirty_and_at_least_fifteen_more():

@@ -33,7 +33,7 @@ MORE = (
         FOLD,
         "factor * (low.s + shift * low_d)",
         "factor * low.s",
-        BORDERS + "[float32-8192]",
+        BORDERS + "[mkl-float32-8192]",
     ),
     one(
         102,
@@ -41,7 +41,7 @@ MORE = (
         FOLD,
         "low.sum_ut + (low_u == 0.0 ? 0.0 : shift * low_u)",
         "low.sum_ut",
-        BORDERS + "[float32-8192]",
+        BORDERS + "[mkl-float32-8192]",
     ),
     one(
         103,
@@ -49,7 +49,7 @@ MORE = (
         FOLD,
         "static_cast<float>((label_m_ - out.m) + t_label_)",
         "static_cast<float>(t_label_)",
-        BORDERS + "[float32-8192]",
+        BORDERS + "[mkl-float32-8192]",
     ),
     one(
         104,
@@ -57,7 +57,7 @@ MORE = (
         SCORING,
         "  if (in.bias) in.bias += panel.begin;\n",
         "",
-        BORDERS + "[float32-8192]",
+        BORDERS + "[mkl-float32-8192]",
     ),
     one(
         105,
@@ -65,7 +65,7 @@ MORE = (
         SCORING,
         "  if (in.class_weight) in.class_weight += panel.begin;\n",
         "",
-        BORDERS + "[float32-8192]",
+        BORDERS + "[mkl-float32-8192]",
     ),
     one(
         106,
@@ -73,7 +73,7 @@ MORE = (
         SCORING,
         "  if (in.type != DType::f32) {\n",
         "  in.type = DType::f32;\n  if (in.type != DType::f32) {\n",
-        SCORE + "test_n15_scoring_and_training_agree_at_equal_chunk_shape[bfloat16]",
+        SCORE + "test_n15_scoring_and_training_agree_at_equal_chunk_shape[mkl-bfloat16]",
     ),
     one(
         107,
@@ -367,14 +367,6 @@ MORE = (
     ),
     one(
         143,
-        "scoring takes one block of the inner size for the next, on the tile kernel",
-        "csrc/cpu/tile_gemm.cpp",
-        "if (!s.same_rows || k < panel.k)",
-        "if (!s.same_rows)",
-        SCORE + "test_wide_hidden_states[tiles-2100-bfloat16]",
-    ),
-    one(
-        144,
         "a block of scratch in use is given out again",
         "csrc/cpu/scratch.cpp",
         "if (fits != end) return remove(fits);",
