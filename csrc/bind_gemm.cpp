@@ -19,15 +19,19 @@ void gemm_logits_py(py::object hidden, py::object weight, py::object out, py::ob
   gemm_logits(matrix(x), matrix(w), matrix(y), count);
 }
 
-void gemm_dhidden_py(py::object dlogits, py::object weight, py::object out, py::object threads) {
+void gemm_dhidden_py(py::object dlogits, py::object weight, py::object out, py::object threads,
+                     py::object kept, py::object is_filled) {
   CallArgs call("gemm_dhidden");
   const TensorArg dz = call.input(dlogits, "dlogits", kLogits, {kAny, kAny}, true);
   const TensorArg w = call.input(weight, "weight", dz.kind, {dz.shape[1], kAny}, true);
   const TensorArg dx = call.output(out, "out", kF32, {dz.shape[0], w.shape[1]});
+  const TensorArg room = call.maybe_output(kept, "kept", dz.kind, {kAny});
+  const bool filled = bool_arg(call, is_filled, "kept_is_filled");
   const int count = threads_arg(call, threads);
   call.check_overlaps();
+  const PackedB packed = {static_cast<uint16_t*>(room.data), room ? room.numel() : 0, filled};
   py::gil_scoped_release release;
-  gemm_dhidden(matrix(dz), matrix(w), matrix(dx), count);
+  gemm_dhidden(matrix(dz), matrix(w), matrix(dx), count, packed);
 }
 
 void gemm_dweight_py(py::object dlogits, py::object hidden, py::object acc, py::object beta,
@@ -71,7 +75,8 @@ py::dict gemm_info_py() {
   dict["missing"] = info.missing;
   dict["panels"] =
       py::dict(py::arg("logits") = kLogitsPanel, py::arg("dhidden") = kDHiddenPanel,
-               py::arg("dweight") = kDWeightPanel, py::arg("tile_dhidden") = kTileDHiddenPanel);
+               py::arg("dweight") = kDWeightPanel, py::arg("tile_dhidden") = kTileDHiddenPanel,
+               py::arg("turned_rows") = kTurnedRows);
   return dict;
 }
 
@@ -81,9 +86,12 @@ void bind_gemm(py::module_& module) {
   module.def("gemm_logits", gemm_logits_py, py::arg("hidden"), py::arg("weight"), py::arg("out"),
              py::kw_only(), py::arg("threads") = 1,
              "out[C,V] = hidden[C,D] @ weight[V,D].T, fp32 accumulation, one rounding.");
-  module.def("gemm_dhidden", gemm_dhidden_py, py::arg("dlogits"), py::arg("weight"), py::arg("out"),
-             py::kw_only(), py::arg("threads") = 1,
-             "out[C,D] float32 = dlogits[C,V] @ weight[V,D].");
+  module.def(
+      "gemm_dhidden", gemm_dhidden_py, py::arg("dlogits"), py::arg("weight"), py::arg("out"),
+      py::kw_only(), py::arg("threads") = 1, py::arg("kept") = py::none(),
+      py::arg("kept_is_filled") = false,
+      "out[C,D] float32 = dlogits[C,V] @ weight[V,D]. kept: memory in which the weight stays "
+      "packed; kept_is_filled: by an earlier call with this weight.");
   module.def("gemm_dweight", gemm_dweight_py, py::arg("dlogits"), py::arg("hidden"), py::arg("acc"),
              py::kw_only(), py::arg("beta") = 0.0, py::arg("out") = py::none(),
              py::arg("out_scale") = 1.0, py::arg("threads") = 1,

@@ -6,7 +6,7 @@ as `Kernels`. Not here: autograd, checks of user input.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,8 +44,8 @@ class Kernels(Protocol):
     def score(self, call: LinearCall, hidden: Tensor, rows: Rows, out: RowOutputs) -> bool:
         """Fill `out` for all rows at once without storing logits; False where that cannot be."""
 
-    def dhidden(self, dlogits: Tensor, weight: Tensor) -> Tensor:
-        """[C, D] fp32 (fp64) = dlogits @ weight."""
+    def dhidden(self, dlogits: Tensor, weight: Tensor, spare: "Spare | None" = None) -> Tensor:
+        """[C, D] fp32 (fp64) = dlogits @ weight. `spare`: of this weight's gradient."""
 
     def add_dweight(self, dlogits: Tensor, hidden: Tensor, grad: "WeightGrad", last: bool) -> None:
         """grad += dlogits^T @ hidden; on the last chunk scale and cast into grad.out."""
@@ -77,6 +77,16 @@ def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@dataclass
+class Spare:
+    """Memory of a result that only the last chunk writes: until then a backend may keep there what
+    every chunk's product reads, such as the weight packed for it.
+    """
+
+    memory: Tensor
+    is_filled: bool = False
+
+
 # Chunks added to one fp32 accumulator before it joins the total: two levels keep the error of 1,024
 # chunks at that of one (PROMISES N8). Only fp32 needs it, whose result has no rounding to hide in.
 CHUNKS_PER_LEVEL = 32
@@ -101,10 +111,13 @@ class WeightGrad:
             self.acc = self.out
         else:
             self.acc = k.scratch(weight.shape, total, weight.device) if chunks > 1 else None
+        self.spare = Spare(self.out) if chunks > 1 and not own else None
 
     def add(self, k: Kernels, dlogits: Tensor, source: Tensor, last: bool) -> None:
         """Add one chunk; the last one scales and rounds into `out`."""
         k.add_dweight(dlogits, source, self, last and not self.two_level)
+        if last:
+            self.spare = None
         self.first = False
         self.count += 1
         if self.two_level and (last or self.count % CHUNKS_PER_LEVEL == 0):
@@ -195,10 +208,14 @@ class Gradients:
         """One chunk; `factor` [C]: its gradient is factor[:, None] * dlogits."""
         k, call = self.k, self.call
         start, stop = span
-        pairs = ((self.dhidden, call.weight), (self.dadapter_hidden, call.adapter_weight))
-        for out, weight in pairs:
+        pairs = (
+            (self.dhidden, call.weight, self.dweight),
+            (self.dadapter_hidden, call.adapter_weight, self.dadapter_weight),
+        )
+        for out, weight, grad in pairs:  # before the weights' gradients: they end what is spare
             if out is not None:
-                part = k.dhidden(dlogits, weight)[: stop - start]
+                spare = None if grad is None else grad.spare
+                part = k.dhidden(dlogits, weight, spare)[: stop - start]
                 part = part if factor is None else part.mul_(factor[:, None])
                 self.put(out, part if is_one(self.inverse) else part * self.inverse, span)
         if factor is not None:

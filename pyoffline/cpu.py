@@ -188,10 +188,15 @@ class CpuKernels(NoShortcuts):
             _run_program(rows, out, sweep)
         return True
 
-    def dhidden(self, dlogits, weight):
+    def dhidden(self, dlogits, weight, spare=None):
         out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=torch.float32)
         if has_vendor_gemm(dlogits.dtype):
-            _C.gemm_dhidden(dlogits, weight, out, threads=torch.get_num_threads())
+            kept = {} if spare is None else {"kept": spare.memory.view(-1)}
+            filled = spare is not None and spare.is_filled
+            threads = torch.get_num_threads()
+            _C.gemm_dhidden(dlogits, weight, out, threads=threads, kept_is_filled=filled, **kept)
+            if spare is not None:
+                spare.is_filled = True
         elif dlogits.dtype == torch.float32:
             torch.mm(dlogits, weight, out=out)
         else:

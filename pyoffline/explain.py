@@ -36,14 +36,15 @@ def _sgemm_nbytes(hidden: int, cpu: str) -> int:
     return int(threads * (block + per_column * min(hidden, most or hidden)))
 
 
-def _tile_nbytes(rows: int, hidden: int, vocab: int, panel: int) -> tuple[int, int]:
+def _tile_nbytes(rows: int, hidden: int, vocab: int, panels: dict) -> tuple[int, int]:
     """(dhidden of a chunk before its cast, the panels: scratch.h keeps those of each product)."""
     from pyoffline import _C
 
     threads = torch.get_num_threads()
     strips = _C.tile_gemm_nbytes(0, 0, threads)
-    logits = _C.tile_gemm_nbytes(vocab, hidden, threads)
-    dhidden = _C.tile_gemm_nbytes(hidden, min(vocab, panel), threads)
+    columns = rows if rows <= panels["turned_rows"] else vocab
+    logits = _C.tile_gemm_nbytes(columns, hidden, threads)
+    dhidden = _C.tile_gemm_nbytes(hidden, min(vocab, panels["tile_dhidden"]), threads)
     dweight = _C.tile_gemm_nbytes(hidden, rows, threads) - strips
     return rows * hidden * 4, max(logits, dhidden) + dweight
 
@@ -62,7 +63,7 @@ def _gemm_nbytes(
         return part, _sgemm_nbytes(hidden, info["cpu"])
     panels = info["panels"]
     if dtype == torch.bfloat16 and info["tiles"]:
-        return _tile_nbytes(rows, hidden, vocab, panels["tile_dhidden"])
+        return _tile_nbytes(rows, hidden, vocab, panels)
     copies = rows * panels["dhidden"] + panels["logits"] * hidden + rows * hidden
     copies *= 8 if torch.get_num_threads() > 1 else 4
     return max(part, rows * panels["logits"] * 4), copies

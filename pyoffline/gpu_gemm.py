@@ -73,7 +73,7 @@ class GpuGemm(NoShortcuts):
                 wide_mm(adapter, call.adapter_weight[cut].t(), part, beta=1.0)
             out[:, cut] = part
 
-    def dhidden(self, dlogits, weight):
+    def dhidden(self, dlogits, weight, spare=None):
         shape = (dlogits.shape[0], weight.shape[1])
         out = self.empty(shape, stats_dtype(dlogits.dtype), dlogits.device)
         if dlogits.dtype == out.dtype or has_wide_gemm(dlogits):

@@ -147,7 +147,7 @@ class ReferenceKernels(NoShortcuts):
         padded[:size] = dlogits * scale
         return padded
 
-    def dhidden(self, dlogits, weight):
+    def dhidden(self, dlogits, weight, spare=None):
         if dlogits.dtype == torch.float16:  # the scaled rows may not fit fp16 once summed
             return dlogits.float() @ weight.float()
         return (dlogits @ weight).to(stats_dtype(dlogits.dtype))

@@ -142,7 +142,11 @@ def draw_gemm(rng):
     if name == "gemm_logits":
         return name, [hidden, weight], threads, {"out": Guarded((c, v), rng.choice(FLOATS))}
     if name == "gemm_dhidden":
-        return name, [dlogits, weight], threads, {"out": Guarded((c, d), torch.float32)}
+        outputs = {"out": Guarded((c, d), torch.float32)}
+        if rng.random() < 0.5:
+            outputs["kept"] = Guarded((rng.choice((0, 1, v * d, 4 * v * d + 9000)),), dtype)
+            threads["kept_is_filled"] = rng.choice((False, True))
+        return name, [dlogits, weight], threads, outputs
     outputs = {"acc": Guarded((v, d), torch.float32)}
     if rng.random() < 0.5:
         outputs["out"] = Guarded((v, d), rng.choice(FLOATS))

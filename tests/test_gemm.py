@@ -262,6 +262,64 @@ def test_tiles_do_not_depend_on_threads_rows_or_place(kernel):
     same_bits("dweight", out, dweight)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_few_rows_have_the_bits_of_many(kernel, out_dtype):
+    """Up to `turned_rows` rows logits^T = weight @ hidden^T is what is multiplied."""
+    border = FOUND["panels"]["turned_rows"]
+    hidden, weight, _ = operands(border + 1, 40, 203, torch.bfloat16)
+    want = poisoned(border + 1, 203, dtype=out_dtype)
+    _C.gemm_logits(hidden, weight, want, threads=2)
+    for rows in (1, 15, 16, 17, 63, 65, 1000, border):
+        wide = poisoned(rows, 208, dtype=out_dtype)
+        out = wide[:, 1:204]
+        _C.gemm_logits(hidden[:rows], weight, out, threads=2)
+        if kernel == "tiles":
+            same_bits(f"{rows} rows", out, want[:rows])
+        else:
+            truth = hidden[:rows].double() @ weight.double().t()
+            check_forward(f"{rows} rows", out, truth, want[:rows])
+        assert wide[:, 0].isnan().all() and wide[:, 204:].isnan().all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.9, 1.0, 1.1])
+def test_a_kept_weight_is_packed_once(kernel, share):
+    """Whatever part of the packed weight fits in `kept`: the same bits, and nothing behind it."""
+    c, d, v = 20, 128, 9000  # three panels of the weight
+    _, weight, dlogits = operands(c, d, v, torch.bfloat16)
+    want = poisoned(c, d)
+    _C.gemm_dhidden(dlogits, weight, want, threads=2)
+    memory = poisoned(2 * v * d, dtype=torch.bfloat16)
+    kept = memory[: int(share * v * d)]
+    for is_filled in (False, True):
+        out = poisoned(c, d)
+        _C.gemm_dhidden(dlogits, weight, out, threads=2, kept=kept, kept_is_filled=is_filled)
+        same_bits("dhidden", out, want)
+        assert memory[kept.numel() :].isnan().all()
+    if kernel != "tiles":
+        assert memory.isnan().all()
+        return
+    panel = FOUND["panels"]["tile_dhidden"]
+    panels = min(3, int(share * v) // panel) if share < 1.1 else 3  # the last is padded
+    rows = min(panels * panel, v)
+    assert kept[: rows * d].isfinite().all()
+    packed = weight.clone()
+    packed[rows:] *= 2  # what was kept is not read again, what was not is
+    out, half = poisoned(c, d), poisoned(c, d)
+    _C.gemm_dhidden(dlogits, packed, half, threads=2)
+    packed[:rows] = 0
+    _C.gemm_dhidden(dlogits, packed, out, threads=2, kept=kept, kept_is_filled=True)
+    same_bits("dhidden of the kept weight", out, half)
+
+
+def test_bad_kept_memory():
+    _, weight, dlogits = operands(2, 3, 4, torch.bfloat16)
+    for kept in (poisoned(4, 3, dtype=torch.bfloat16), poisoned(12), weight.view(-1)):
+        out = poisoned(2, 3)
+        with pytest.raises(ValueError, match="kept"):
+            _C.gemm_dhidden(dlogits, weight, out, kept=kept)
+        assert out.isnan().all()
+
+
 def test_without_torch_the_symbols_are_absent():
     """Loaded on its own, the module works and says why it has no GEMM."""
     code = (

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import pyoffline as po
+from pyoffline import cpu
 
 BACKENDS = ("reference", "cpu")
 MIB = 1 << 20
@@ -229,3 +230,34 @@ def test_m2_an_upstream_is_applied_in_place_and_a_kept_gradient_is_not_written(b
     kept = [t.clone() for t in out[7:9]]
     (out[0] * 3.0).backward()
     assert all(torch.equal(a, b) for a, b in zip(kept, out[7:9], strict=True))
+
+
+def test_m2_the_weight_is_packed_once_for_all_chunks_in_the_memory_of_its_gradient(monkeypatch):
+    """The numbers are those of a frozen head, for which every chunk packs it."""
+    if not cpu.has_vendor_gemm(torch.bfloat16):
+        pytest.skip("not run: libtorch has no bf16 product")
+    calls, multiply = [], cpu._C.gemm_dhidden
+
+    def gemm_dhidden(*args, kept=None, kept_is_filled=False, **kwargs):
+        calls.append((None if kept is None else kept.data_ptr(), kept_is_filled))
+        return multiply(*args, kept=kept, kept_is_filled=kept_is_filled, **kwargs)
+
+    monkeypatch.setattr(cpu._C, "gemm_dhidden", gemm_dhidden)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(48, 64).bfloat16(), torch.randn(9000, 64).bfloat16() / 8
+    labels, gradients = torch.randint(0, 9000, (48,)), {}
+    for budget in (64 * MIB, 16 * 9000 * 2):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with po.use_backend("cpu"), po.memory_budget(budget):
+            po.linear_cross_entropy(x, w, labels).backward()
+        gradients[budget] = x.grad
+        filled = [is_filled for _, is_filled in calls]
+        if budget == 64 * MIB:
+            assert calls == [(None, False)]
+        else:
+            assert filled == [False, True, True] and {at for at, _ in calls} == {w.grad.data_ptr()}
+        calls.clear()
+    frozen = hidden.clone().requires_grad_()
+    with po.use_backend("cpu"), po.memory_budget(16 * 9000 * 2):
+        po.linear_cross_entropy(frozen, weight, labels).backward()
+    assert calls == [(None, False)] * 3 and torch.equal(frozen.grad, gradients[16 * 9000 * 2])

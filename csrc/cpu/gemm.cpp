@@ -11,6 +11,7 @@
 #include "dispatch_internal.h"
 #include "panel.h"
 #include "tile_gemm.h"
+#include "tile_pack.h"
 #include "vendor_gemm.h"
 
 namespace pyoffline {
@@ -50,10 +51,34 @@ void tile_logits(const TileKernels& kernels, const Matrix& hidden, const Matrix&
   });
 }
 
+// The product turned round, logits^T = weight @ hidden^T: the weight is copied block by block as it
+// lies and what is packed is hidden, once. Its strips are transposed while they are in cache.
+void turned_logits(const TileKernels& kernels, const Matrix& hidden, const Matrix& weight,
+                   const Matrix& out, int threads) {
+  constexpr int64_t kSquare = 16, kAhead = 64;
+  const Kernels& array = active_kernels();
+  const TileProduct product = {weight.rows, hidden.rows, hidden.cols, plain(weight),
+                               transposed(hidden)};
+  tile_gemm(kernels, product, threads, false, [&](const TileSum& sum) {
+    alignas(64) float turned[kSquare * kTileRows];
+    for (int64_t c = 0; c < sum.cols; c += kSquare) {
+      // a row of logits lies pages away from the next: the hardware does not see it coming
+      for (int64_t i = c + kAhead; i < std::min(c + kAhead + kSquare, sum.cols); ++i)
+        for (int64_t r = 0; r < sum.rows; r += 64 / item_size(out.type))
+          __builtin_prefetch(at(out, sum.col + i, sum.row + r), 1);
+      for (int64_t r = 0; r < sum.rows; r += kSquare)
+        transpose_16x16(sum.data + r * sum.stride + c, sum.stride, turned + r, kTileRows);
+      for (int64_t i = 0; i < std::min(kSquare, sum.cols - c); ++i)
+        array.scale_cast(turned + i * kTileRows, DType::f32, at(out, sum.col + c + i, sum.row),
+                         out.type, sum.rows, 1.0f);
+    }
+  });
+}
+
 void tile_dhidden(const TileKernels& kernels, const Matrix& dlogits, const Matrix& weight,
-                  const Matrix& out, int threads) {
-  const TileProduct product = {dlogits.rows,   weight.cols,   dlogits.cols,
-                               plain(dlogits), plain(weight), kTileDHiddenPanel};
+                  const Matrix& out, int threads, const PackedB& kept) {
+  const TileProduct product = {dlogits.rows,  weight.cols,       dlogits.cols, plain(dlogits),
+                               plain(weight), kTileDHiddenPanel, kept};
   tile_gemm(kernels, product, threads, false, [&](const TileSum& sum) {
     for (int64_t i = 0; i < sum.rows; ++i) {
       const float* from = sum.data + i * sum.stride;
@@ -89,7 +114,8 @@ void tile_dweight(const TileKernels& kernels, const Matrix& dlogits, const Matri
 void gemm_logits(const Matrix& hidden, const Matrix& weight, const Matrix& out, int threads) {
   require_vendor_gemm(hidden.type);
   if (const TileKernels* tiles = tile_kernels_of(hidden.type))
-    return tile_logits(*tiles, hidden, weight, out, threads);
+    return (hidden.rows <= kTurnedRows ? turned_logits : tile_logits)(*tiles, hidden, weight, out,
+                                                                      threads);
   const int64_t rows = hidden.rows, inner = hidden.cols, vocab = weight.rows;
   const Operand a = {hidden.data, hidden.row_stride, false};
   if (out.type == DType::f32) {
@@ -122,9 +148,10 @@ void gemm_logits(const Matrix& hidden, const Matrix& weight, const Matrix& out, 
   }
 }
 
-void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out, int threads) {
+void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out, int threads,
+                  const PackedB& kept) {
   if (const TileKernels* tiles = tile_kernels_of(dlogits.type))
-    return tile_dhidden(*tiles, dlogits, weight, out, threads);
+    return tile_dhidden(*tiles, dlogits, weight, out, threads, kept);
   const int64_t rows = dlogits.rows, vocab = dlogits.cols, width = kDHiddenPanel;
   float beta = 0.0f;
   // at least once: an empty V still has to write zeros

@@ -43,8 +43,17 @@ void set_tile_gemm(bool enabled);
 // out[C,V] = hidden[C,D] @ weight[V,D]^T: fp32 accumulation, one rounding to out's type.
 void gemm_logits(const Matrix& hidden, const Matrix& weight, const Matrix& out, int threads);
 
+// Memory in which a product leaves its packed second operand, or as much of it as fits, to those
+// that share it; only the tile kernel packs.
+struct PackedB {
+  uint16_t* data = nullptr;
+  int64_t count = 0;       // elements
+  bool is_filled = false;  // by a product of the same operand
+};
+
 // out[C,D] fp32 = dlogits[C,V] @ weight[V,D].
-void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out, int threads);
+void gemm_dhidden(const Matrix& dlogits, const Matrix& weight, const Matrix& out, int threads,
+                  const PackedB& kept = {});
 
 // acc[V,D] fp32 = dlogits[C,V]^T @ hidden[C,D] + beta * acc, then out = cast(out_scale * acc).
 // Either of acc and out may have null data; without acc, beta must be 0 and no [V,D] fp32 buffer is

@@ -22,6 +22,11 @@ constexpr int64_t kLogitsPanel = 4096;
 constexpr int64_t kDHiddenPanel = 2048;
 constexpr int64_t kDWeightPanel = 2048;
 constexpr int64_t kPad = 16;
+// Rows up to which logits on the tile kernel are multiplied turned round, so that no weight is
+// packed. Time over that of the packed weight, D = 896, V = 151936, Zen 4 (2026-11-28), alone |
+// beside busy neighbours: 1 row 0.65, 64 0.85, 342 0.957|0.897, 410 0.962|0.948, 1024 0.982|0.975,
+// 1376 0.993|0.992, 4096 1.07.
+constexpr int64_t kTurnedRows = 1536;
 // Rows of V that one product of dhidden on the tile kernel takes (tile_gemm.h).
 constexpr int64_t kTileDHiddenPanel = 4096;
 

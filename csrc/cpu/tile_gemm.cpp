@@ -25,8 +25,8 @@ namespace {
 // The kernel alone reaches 232 GFLOP/s on such a core whatever the sizes. Around it 128 x 512
 // lost: the strip is read and written once more for every block of k (logits product against
 // torch.mm's, k = 896 | 2048: 1.03|1.03 with 128 x 512, 1.01|0.99 with 64 x 1024; 2026-11-28).
-constexpr int64_t kRows = 64, kCols = 64, kInner = 1024;
-constexpr int64_t kRowStep = 16, kInnerStep = 32;  // an AMX tile
+constexpr int64_t kRows = kTileRows, kCols = 64, kInner = 1024;
+constexpr int64_t kRowStep = 16, kColStep = 16, kInnerStep = 32;  // an AMX tile
 constexpr int64_t kStrip = 1024, kStripStride = kStrip + kPad;
 constexpr int64_t kPanelElements = 4 << 20, kMaxPanel = 4096;
 
@@ -100,6 +100,10 @@ std::vector<Panel> panels_of(const TileProduct& p) {
     for (int64_t n0 = 0; n0 < p.n; n0 += width)
       panels.push_back({k0, std::min(depth, p.k - k0), n0, std::min(width, p.n - n0)});
   return panels;
+}
+
+int64_t packed_count(const Panel& panel) {
+  return round_up(panel.n, kCols) * round_up(panel.k, kInnerStep);
 }
 
 // The panel as tiles [n / kCols][k / 2][kCols][2]; a task reads b as it lies.
@@ -190,9 +194,9 @@ void multiply_strip(const Work& work, const Panel& panel, const Strip& s, const 
     for (int64_t n0 = 0; n0 < s.cols; n0 += kCols) {
       prefetch.some();
       beside->some();
-      work.kernels.multiply(rows, kCols, round_up(k, kInnerStep), length, kCols, kStripStride,
-                            k0 > 0, left, work.packed + (s.col + n0) * inner + k0 * kCols,
-                            sums + n0, true);
+      const int64_t n = round_up(std::min(kCols, s.cols - n0), kColStep);
+      work.kernels.multiply(rows, n, round_up(k, kInnerStep), length, kCols, kStripStride, k0 > 0,
+                            left, work.packed + (s.col + n0) * inner + k0 * kCols, sums + n0, true);
     }
   }
 }
@@ -257,16 +261,24 @@ void tile_gemm(const TileKernels& kernels, const TileProduct& p, int threads, bo
   if (p.m == 0 || p.n == 0) return;
   const std::vector<Panel> panels = panels_of(p);
   Work work = {kernels, p, done, threads, in_order, TileScratch(threads), nullptr};
-  const int64_t size = round_up(panels[0].n, kCols) * round_up(panels[0].k, kInnerStep);
-  work.packed = reinterpret_cast<uint16_t*>(work.scratch.panel(size / 2));  // a float holds two
+  uint16_t* kept = p.kept.data;
+  int64_t room = kept ? p.kept.count : 0;
   for (size_t i = 0; i < panels.size(); ++i) {
+    const int64_t size = packed_count(panels[i]);
+    const bool is_kept = size <= room, is_packed = is_kept && p.kept.is_filled;
     Block next = {};
-    if (i + 1 < panels.size()) {
+    if (i + 1 < panels.size() && !is_packed) {
       const Panel& n = panels[i + 1];
       next = stored(p.b, n.k0, n.k, n.n0, n.n);
     }
-    pack_panel(p.b, panels[i], threads, work.packed);
+    // the first panel is the largest; a float holds two
+    work.packed =
+        is_kept ? kept
+                : reinterpret_cast<uint16_t*>(work.scratch.panel(packed_count(panels[0]) / 2));
+    if (!is_packed) pack_panel(p.b, panels[i], threads, work.packed);
     multiply_panel(work, panels[i], next);
+    if (is_kept) kept += size;
+    room = is_kept ? room - size : 0;  // what is kept is the first panels
   }
 }
 

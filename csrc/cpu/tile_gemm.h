@@ -27,15 +27,20 @@ struct TileKernels {
 };
 
 // op(a)[m,k] @ op(b)[k,n], both bf16. k_panel: how much of k is summed before a strip is handed
-// out; 0: all of it.
+// out; 0: all of it. kept: where b stays packed for the products after this one.
 struct TileProduct {
   int64_t m, n, k;
   Operand a, b;
   int64_t k_panel = 0;
+  PackedB kept = {};
 };
 
+// A strip has at most so many rows.
+constexpr int64_t kTileRows = 64;
+
 // Rows [row, row + rows) and columns [col, col + cols) of the result, or of one k_panel's part of
-// it: the parts of an element come in order.
+// it: the parts of an element come in order. What lies beyond, up to whole 16 rows and columns, may
+// be read too.
 struct TileSum {
   const float* data;
   int64_t stride, row, col, rows, cols;

@@ -1,4 +1,5 @@
-// Packing for tile_gemm.cpp: blocks of bf16 copied, transposed or interleaved in pairs of rows.
+// Packing for tile_gemm.cpp: blocks of bf16 copied, transposed or interleaved in pairs of rows; and
+// squares of its sums transposed.
 //
 // Inner blocks in whole cache lines where the CPU has AVX-512 (tile_pack_avx512.h), their edges and
 // other CPUs by SSE2, what is left element by element. What lies beyond the block is filled with
@@ -92,6 +93,16 @@ inline void for_blocks(int64_t m, int64_t n, int64_t rows, int64_t cols, int64_t
 inline int64_t wide_part(int64_t n, int64_t step) { return wide_pack() ? n / step * step : 0; }
 
 }  // namespace pack_detail
+
+// dst[j * dst_stride + i] = src[i * stride + j], 16 x 16.
+inline void transpose_16x16(const float* src, int64_t stride, float* dst, int64_t dst_stride) {
+  if (pack_detail::wide_pack()) {
+    pack_detail::wide_transpose_16x16(src, stride, dst, dst_stride);
+    return;
+  }
+  for (int64_t j = 0; j < 16; ++j)
+    for (int64_t i = 0; i < 16; ++i) dst[j * dst_stride + i] = src[i * stride + j];
+}
 
 // out[rows_out][width]: rows x cols of src, zeros beyond. width is the row length of out.
 inline void pack_copy(const Bits& src, int64_t rows, int64_t cols, int64_t rows_out, int64_t width,

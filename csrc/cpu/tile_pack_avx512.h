@@ -57,6 +57,15 @@ PYOFFLINE_WIDE inline void transpose_dwords(__m512i r[16]) {
   for (int i = 0; i < 16; ++i) r[i] = s[i];
 }
 
+// dst[j * dst_stride + i] = src(i, j), 16 x 16 floats
+PYOFFLINE_WIDE inline void wide_transpose_16x16(const float* src, int64_t stride, float* dst,
+                                                int64_t dst_stride) {
+  __m512i r[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src + i * stride);
+  transpose_dwords(r);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(dst + i * dst_stride, r[i]);
+}
+
 // dst[(j / 2) * dst_stride + 2 * i + j % 2] = src(i, j), 16 x 32: rows moved as pairs
 PYOFFLINE_WIDE inline void wide_pairs_16x32(const uint16_t* src, int64_t stride, uint16_t* dst,
                                             int64_t dst_stride) {
@@ -96,6 +105,7 @@ PYOFFLINE_WIDE inline void wide_transpose_32x32(const uint16_t* src, int64_t str
 
 #undef PYOFFLINE_WIDE
 #else
+inline void wide_transpose_16x16(const float*, int64_t, float*, int64_t) {}
 inline void wide_pairs_16x32(const uint16_t*, int64_t, uint16_t*, int64_t) {}
 inline void wide_interleave_2x32(const uint16_t*, const uint16_t*, uint16_t*) {}
 inline void wide_transpose_32x32(const uint16_t*, int64_t, uint16_t*, int64_t) {}

@@ -111,21 +111,29 @@ class Floor:
         for gemm in wanted:
             table = self.candidates(gemm)
             few = min(self.shape.n, WARM_ROWS)
-            quick = {name: self._best_of_two(make(self, few)) for name, make in table.items()}
+            quick = self._best_of({name: make(self, few) for name, make in table.items()}, 2)
             limit = HOPELESS * min(quick.values())
-            full = {
-                name: self._best_of_two(table[name](self, self.shape.n))
-                for name, seconds in quick.items()
-                if seconds <= limit
-            }
+            full = self._best_of(
+                {
+                    name: table[name](self, self.shape.n)
+                    for name, seconds in quick.items()
+                    if seconds <= limit
+                },
+                3,
+            )
             self.chosen[gemm] = min(full, key=full.get)
             self.seconds[gemm] = full
             self.buffers = {k: v for k, v in self.buffers.items() if self._still_used(k)}
             if progress is not None:
                 progress(f"floor {gemm}: {self.chosen[gemm]}, {full[self.chosen[gemm]]:.3f} s")
 
-    def _best_of_two(self, call: Callable[[], None]) -> float:
-        return min(stopwatch(self.kind)(call) for _ in range(2))
+    def _best_of(self, calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+        """Seconds of each; in turns, so that a busy minute of the machine chooses none."""
+        best = dict.fromkeys(calls, float("inf"))
+        for _ in range(rounds):
+            for name, call in calls.items():
+                best[name] = min(best[name], stopwatch(self.kind)(call))
+        return best
 
     def _still_used(self, buffer: str) -> bool:
         whole = [g for g, name in self.chosen.items() if name.endswith("fp32 out")]

@@ -70,8 +70,22 @@ inline void run(int64_t rows, int64_t cols) {
       [&](int64_t i) { return x.at(place(i), pairs(i)); });
 }
 
+inline void run_square() {
+  std::vector<float> x(15 * 19 + 16), out(15 * 18 + 16 + 1, -1.0f);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+  transpose_16x16(x.data(), 19, out.data(), 18);
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t j = 0; j < 18; ++j) {
+      const size_t at = i * 18 + j;
+      if (at >= out.size() || out[at] == (j < 16 ? x[j * 19 + i] : -1.0f)) continue;
+      std::printf("FAIL: transpose_16x16, element (%ld, %ld)\n", (long)i, (long)j);
+      std::exit(1);
+    }
+}
+
 // Around the borders of 4, 8, 16 and 32; returns how many blocks.
 inline int run_all() {
+  run_square();
   const int64_t sizes[] = {0, 1, 7, 8, 15, 16, 31, 32, 33, 39, 63, 64, 65, 100};
   int blocks = 0;
   for (int64_t rows : sizes)

@@ -373,4 +373,13 @@ MORE = (
         "if (fits != end) return *fits;",
         "tests/test_scratch.py::test_one_block_serves_calls_of_many_sizes",
     ),
+    one(
+        144,
+        "chunks read a packed weight that none of them has packed",
+        LOOP,
+        "    is_filled: bool = False\n",
+        "    is_filled: bool = True\n",
+        "tests/test_memory.py::test_m2_the_weight_is_packed_once_for_all_chunks_in_the_memory_of_its_"
+        "gradient",
+    ),
 )
