@@ -3,6 +3,7 @@
 #include "cpu/gemm.h"
 #include "cpu/panel.h"
 #include "cpu/tile_gemm.h"
+#include "cpu/tile_pack.h"
 
 namespace pyoffline {
 
@@ -104,6 +105,10 @@ void bind_gemm(py::module_& module) {
              "Scratch bytes of a bf16 product with n columns and inner size k on the tile kernel.");
   module.def("set_tile_gemm", set_tile_gemm, py::arg("enabled"),
              "For tests: False pretends that oneDNN's bf16 tile kernel was not found.");
+  module.def(
+      "set_wide_pack",
+      [](bool enabled) { pack_detail::wide_pack() = enabled && pack_detail::cpu_packs_wide(); },
+      py::arg("enabled"), "For tests: False packs for the tile kernel without AVX-512.");
   module.def("set_gemm", set_gemm, py::arg("enabled"),
              "For tests: False pretends that no vendor GEMM was found.");
 }

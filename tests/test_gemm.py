@@ -262,6 +262,26 @@ def test_tiles_do_not_depend_on_threads_rows_or_place(kernel):
     same_bits("dweight", out, dweight)
 
 
+@pytest.mark.parametrize("shape", [s[:3] for s in SHAPES], ids=[s[3] for s in SHAPES])
+def test_packing_without_avx512_gives_the_same_bits(kernel, shape):
+    if kernel != "tiles":
+        pytest.skip("MKL packs for itself")
+    hidden, weight, dlogits = operands(*shape, torch.bfloat16, padded=True)
+    results = []
+    try:
+        for wide in (True, False):
+            _C.set_wide_pack(wide)
+            logits, dhidden, dweight = (poisoned(*t.shape) for t in (dlogits, hidden, weight))
+            _C.gemm_logits(hidden, weight, logits, threads=2)
+            _C.gemm_dhidden(dlogits, weight, dhidden, threads=2)
+            _C.gemm_dweight(dlogits, hidden, dweight, threads=2)
+            results.append((logits, dhidden, dweight))
+    finally:
+        _C.set_wide_pack(True)
+    for with_it, without in zip(*results, strict=True):
+        same_bits("packed without AVX-512", without, with_it)
+
+
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_few_rows_have_the_bits_of_many(kernel, out_dtype):
     """Up to `turned_rows` rows logits^T = weight @ hidden^T is what is multiplied."""

@@ -201,10 +201,15 @@ void multiply_strip(const Work& work, const Panel& panel, const Strip& s, const 
   }
 }
 
-// Rows of the result cut into blocks of whole steps, of at most kRows, all but evenly high.
+// Rows of the result cut into blocks of whole steps, of at most kRows, all but evenly high. The
+// higher ones come first: whoever takes the last blocks of a panel then ends about when the others
+// do. (416 rows on two threads: 208 each, not 192 and 224; dhidden 0.955.)
 struct RowBlocks {
   int64_t m, steps, number;
-  int64_t row(int64_t i) const { return std::min(m, i * steps / number * kRowStep); }
+  int64_t row(int64_t i) const {
+    const int64_t low = steps / number, higher = std::min(i, steps % number);
+    return std::min(m, (i * low + higher) * kRowStep);
+  }
 };
 
 // As few blocks as give the threads equal work: a panel ends when the last thread is done. (Of 11

@@ -18,14 +18,18 @@
 namespace pyoffline {
 namespace pack_detail {
 
+inline bool cpu_packs_wide() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+#else
+  return false;
+#endif
+}
+
 // Whether the functions below may be called; tests clear it.
 inline bool& wide_pack() {
-#if defined(__x86_64__)
-  static bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-#else
-  static bool has = false;
-#endif
-  return has;
+  static bool allowed = cpu_packs_wide();
+  return allowed;
 }
 
 #if defined(__x86_64__)
