@@ -94,11 +94,12 @@ void score_tiles(const TileKernels& kernels, const Matrix& hidden, const Matrix&
                  const Plan& plan) {
   const RowArgs& args = plan.args;
   std::vector<RowFold> folds(args.rows);
-  const TileProduct product = {hidden.rows,
-                               weight.rows,
-                               hidden.cols,
-                               {hidden.data, hidden.row_stride, false},
-                               {weight.data, weight.row_stride, true}};
+  TileProduct product = {hidden.rows,
+                         weight.rows,
+                         hidden.cols,
+                         {hidden.data, hidden.row_stride, false},
+                         {weight.data, weight.row_stride, true}};
+  product.panel = kShortPanel;
   tile_gemm(kernels, product, args.threads, true, [&](const TileSum& sum) {
     const Panel panel = describe_panel(args, sum.data, sum.stride, sum.col, sum.cols);
     for (int64_t i = 0; i < sum.rows; ++i)

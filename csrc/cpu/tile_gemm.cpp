@@ -1,10 +1,10 @@
 // Blocking and threads around the tile kernel; see tile_gemm.h.
 //
-// A panel of b (at most kPanelElements) is packed once for all rows, shared by the team; a thread
-// packs a block of a and multiplies it with the panel's tiles into a strip of fp32 sums in its own
-// L2, while its next block of a and its share of the next panel are on the way. The shapes that the
-// kernel is called with are few whatever the product's: it is generated once per shape and thread,
-// and kept.
+// A panel of b (at most TileProduct::panel elements) is packed once for all rows, shared by the
+// team; a thread packs a block of a and multiplies it with the panel's tiles into a strip of fp32
+// sums in its own L2, while its next block of a and its share of the next panel are on the way. The
+// shapes that the kernel is called with are few whatever the product's: it is generated once per
+// shape and thread, and kept.
 #include "tile_gemm.h"
 
 #include <algorithm>
@@ -28,7 +28,7 @@ namespace {
 constexpr int64_t kRows = kTileRows, kCols = 64, kInner = 1024;
 constexpr int64_t kRowStep = 16, kColStep = 16, kInnerStep = 32;  // an AMX tile
 constexpr int64_t kStrip = 1024, kStripStride = kStrip + kPad;
-constexpr int64_t kPanelElements = 4 << 20, kMaxPanel = 4096;
+constexpr int64_t kMaxPanel = 4096;
 
 // Row length of a packed block of a: an odd number of cache lines, so that its rows fall into
 // different sets of L1. (dhidden, rows of 2 KiB: 394 GFLOP/s in the kernel, of 2112 bytes 438.)
@@ -87,14 +87,14 @@ struct Panel {
 };
 
 // Columns of b that are packed at a time.
-int64_t panel_width(int64_t n, int64_t k) {
-  const int64_t fit = kPanelElements / std::max<int64_t>(round_up(k, kInnerStep), 1);
+int64_t panel_width(int64_t n, int64_t k, int64_t elements) {
+  const int64_t fit = elements / std::max<int64_t>(round_up(k, kInnerStep), 1);
   return std::min(round_up(n, kCols), std::clamp(fit / kCols * kCols, kCols, kMaxPanel));
 }
 
 std::vector<Panel> panels_of(const TileProduct& p) {
   const int64_t depth = p.k_panel ? p.k_panel : std::max<int64_t>(p.k, 1);
-  const int64_t width = panel_width(p.n, std::min(depth, p.k));
+  const int64_t width = panel_width(p.n, std::min(depth, p.k), p.panel);
   std::vector<Panel> panels;
   for (int64_t k0 = 0; k0 < std::max<int64_t>(p.k, 1); k0 += depth)  // at least once
     for (int64_t n0 = 0; n0 < p.n; n0 += width)
@@ -288,7 +288,7 @@ void tile_gemm(const TileKernels& kernels, const TileProduct& p, int threads, bo
 }
 
 int64_t tile_gemm_nbytes(int64_t n, int64_t k, int threads) {
-  const int64_t panel = panel_width(n, k) * round_up(k, kInnerStep) * 2;
+  const int64_t panel = panel_width(n, k, kLongPanel) * round_up(k, kInnerStep) * 2;
   return panel + threads * kStripCount * static_cast<int64_t>(sizeof(float));
 }
 

@@ -26,6 +26,12 @@ struct TileKernels {
   TileRelease release = nullptr;
 };
 
+// Elements of b that are packed at a time: what the threads share, in L3, or in their L2 caches.
+// Stored results want long runs (logits of 4096 rows by short panels: 1.05); where strips are
+// folded, short panels won (scoring 1024, 4096 rows, and 2048 of D = 2048: 0.94, 0.97, 0.93;
+// Zen 4, 2026-11-28).
+constexpr int64_t kLongPanel = 4 << 20, kShortPanel = 1 << 20;
+
 // op(a)[m,k] @ op(b)[k,n], both bf16. k_panel: how much of k is summed before a strip is handed
 // out; 0: all of it. kept: where b stays packed for the products after this one.
 struct TileProduct {
@@ -33,6 +39,7 @@ struct TileProduct {
   Operand a, b;
   int64_t k_panel = 0;
   PackedB kept = {};
+  int64_t panel = kLongPanel;
 };
 
 // A strip has at most so many rows.
