@@ -191,10 +191,14 @@ class CpuKernels(NoShortcuts):
     def dhidden(self, dlogits, weight, spare=None):
         out = torch.empty(dlogits.shape[0], weight.shape[1], dtype=torch.float32)
         if has_vendor_gemm(dlogits.dtype):
-            kept = {} if spare is None else {"kept": spare.memory.view(-1)}
-            filled = spare is not None and spare.is_filled
-            threads = torch.get_num_threads()
-            _C.gemm_dhidden(dlogits, weight, out, threads=threads, kept_is_filled=filled, **kept)
+            _C.gemm_dhidden(
+                dlogits,
+                weight,
+                out,
+                threads=torch.get_num_threads(),
+                kept=None if spare is None else spare.memory.view(-1),
+                kept_is_filled=spare is not None and spare.is_filled,
+            )
             if spare is not None:
                 spare.is_filled = True
         elif dlogits.dtype == torch.float32:

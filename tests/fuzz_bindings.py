@@ -145,7 +145,8 @@ def draw_gemm(rng):
         outputs = {"out": Guarded((c, d), torch.float32)}
         if rng.random() < 0.5:
             outputs["kept"] = Guarded((rng.choice((0, 1, v * d, 4 * v * d + 9000)),), dtype)
-            threads["kept_is_filled"] = rng.choice((False, True))
+            kept = {"kept_is_filled": rng.choice((False, True))}
+            return name, [dlogits, weight], {**threads, **kept}, outputs
         return name, [dlogits, weight], threads, outputs
     outputs = {"acc": Guarded((v, d), torch.float32)}
     if rng.random() < 0.5:

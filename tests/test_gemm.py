@@ -56,6 +56,15 @@ def poisoned(*shape, dtype=torch.float32):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
+def products(hidden, weight, dlogits):
+    """logits, dhidden and dweight in fp32, on two threads."""
+    logits, dhidden, dweight = (poisoned(*t.shape) for t in (dlogits, hidden, weight))
+    _C.gemm_logits(hidden, weight, logits, threads=2)
+    _C.gemm_dhidden(dlogits, weight, dhidden, threads=2)
+    _C.gemm_dweight(dlogits, hidden, dweight, threads=2)
+    return logits, dhidden, dweight
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [s[:3] for s in SHAPES], ids=[s[3] for s in SHAPES])
 def test_against_fp64(shape, dtype):
@@ -163,11 +172,7 @@ def test_same_bits_twice():
     hidden, weight, dlogits = operands(200, 96, 5000, torch.bfloat16)
     runs = []
     for _ in range(2):
-        logits, dhidden, dweight = (poisoned(*t.shape) for t in (dlogits, hidden, weight))
-        _C.gemm_logits(hidden, weight, logits, threads=2)
-        _C.gemm_dhidden(dlogits, weight, dhidden, threads=2)
-        _C.gemm_dweight(dlogits, hidden, dweight, threads=2)
-        runs.append((logits, dhidden, dweight))
+        runs.append(products(hidden, weight, dlogits))
     for a, b in zip(*runs, strict=True):
         same_bits("rerun", a, b)
 
@@ -246,10 +251,7 @@ def test_tiles_do_not_depend_on_threads_rows_or_place(kernel):
     if kernel != "tiles":
         pytest.skip("MKL's products do not promise this")
     hidden, weight, dlogits = operands(300, 600, 2100, torch.bfloat16)
-    logits, dhidden, dweight = (poisoned(*t.shape) for t in (dlogits, hidden, weight))
-    _C.gemm_logits(hidden, weight, logits, threads=2)
-    _C.gemm_dhidden(dlogits, weight, dhidden, threads=2)
-    _C.gemm_dweight(dlogits, hidden, dweight, threads=2)
+    logits, dhidden, dweight = products(hidden, weight, dlogits)
     for first, count in [(0, 300), (137, 1), (40, 150)]:
         rows, out = slice(first, first + count), poisoned(count, 2100)
         _C.gemm_logits(hidden[rows], weight, out, threads=1)
@@ -271,11 +273,7 @@ def test_packing_without_avx512_gives_the_same_bits(kernel, shape):
     try:
         for wide in (True, False):
             _C.set_wide_pack(wide)
-            logits, dhidden, dweight = (poisoned(*t.shape) for t in (dlogits, hidden, weight))
-            _C.gemm_logits(hidden, weight, logits, threads=2)
-            _C.gemm_dhidden(dlogits, weight, dhidden, threads=2)
-            _C.gemm_dweight(dlogits, hidden, dweight, threads=2)
-            results.append((logits, dhidden, dweight))
+            results.append(products(hidden, weight, dlogits))
     finally:
         _C.set_wide_pack(True)
     for with_it, without in zip(*results, strict=True):

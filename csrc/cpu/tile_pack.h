@@ -165,7 +165,8 @@ inline void pack_pairs_transposed(const Bits& src, int64_t k, int64_t n, int64_t
   const int64_t wide_n = kWide == 8 ? n / 4 * 4 : 0, wide_k = kWide == 8 ? k / 8 * 8 : 0;
   const int64_t done_n = wide_part(n, 16), done_k = wide_part(k, 32);
   for_blocks(done_n, done_k, 16, 32, 0, 0, [&](int64_t i, int64_t j) {
-    wide_pairs_16x32(src.data + i * src.stride + j, src.stride, out + j * width + 2 * i, 2 * width);
+    wide_transpose_16x16(src.data + i * src.stride + j, src.stride, out + j * width + 2 * i,
+                         2 * width);
   });
   for_blocks(wide_n, wide_k, 4, 8, done_n, done_k, [&](int64_t i, int64_t j) {
     transpose_pairs_4x8({src.data + i * src.stride + j, src.stride}, out + j * width + 2 * i,

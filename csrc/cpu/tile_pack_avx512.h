@@ -61,18 +61,11 @@ PYOFFLINE_WIDE inline void transpose_dwords(__m512i r[16]) {
   for (int i = 0; i < 16; ++i) r[i] = s[i];
 }
 
-// dst[j * dst_stride + i] = src(i, j), 16 x 16 floats
-PYOFFLINE_WIDE inline void wide_transpose_16x16(const float* src, int64_t stride, float* dst,
+// Row j of dst is column j of src, 16 x 16 elements of 32 bits; strides in elements of T. T is
+// float, or bf16 moved as pairs: dst[(j / 2) * dst_stride + 2 * i + j % 2] = src(i, j), 16 x 32.
+template <class T>
+PYOFFLINE_WIDE inline void wide_transpose_16x16(const T* src, int64_t stride, T* dst,
                                                 int64_t dst_stride) {
-  __m512i r[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src + i * stride);
-  transpose_dwords(r);
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(dst + i * dst_stride, r[i]);
-}
-
-// dst[(j / 2) * dst_stride + 2 * i + j % 2] = src(i, j), 16 x 32: rows moved as pairs
-PYOFFLINE_WIDE inline void wide_pairs_16x32(const uint16_t* src, int64_t stride, uint16_t* dst,
-                                            int64_t dst_stride) {
   __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src + i * stride);
   transpose_dwords(r);
@@ -99,18 +92,14 @@ PYOFFLINE_WIDE inline void wide_transpose_32x32(const uint16_t* src, int64_t str
   uint16_t pairs[16][64];
   for (int i = 0; i < 16; ++i)
     wide_interleave_2x32(src + 2 * i * stride, src + (2 * i + 1) * stride, pairs[i]);
-  for (int half = 0; half < 2; ++half) {
-    __m512i r[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(pairs[i] + 32 * half);
-    transpose_dwords(r);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(dst + (16 * half + i) * dst_stride, r[i]);
-  }
+  for (int half = 0; half < 2; ++half)
+    wide_transpose_16x16(pairs[0] + 32 * half, 64, dst + 16 * half * dst_stride, dst_stride);
 }
 
 #undef PYOFFLINE_WIDE
 #else
-inline void wide_transpose_16x16(const float*, int64_t, float*, int64_t) {}
-inline void wide_pairs_16x32(const uint16_t*, int64_t, uint16_t*, int64_t) {}
+template <class T>
+inline void wide_transpose_16x16(const T*, int64_t, T*, int64_t) {}
 inline void wide_interleave_2x32(const uint16_t*, const uint16_t*, uint16_t*) {}
 inline void wide_transpose_32x32(const uint16_t*, int64_t, uint16_t*, int64_t) {}
 #endif

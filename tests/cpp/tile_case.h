@@ -52,11 +52,11 @@ Stored draw(Rng& rng, int64_t rows, int64_t cols) {
 
 // One product; exits on a wrong or missing element, or one written twice.
 inline void multiply(const Stored& a, const Stored& b, int64_t m, int64_t n, int64_t k, int threads,
-                     const PackedB& kept, bool in_order) {
+                     const PackedB& kept, int64_t k_panel, bool in_order) {
   std::vector<float> sums(m * n);
   std::vector<std::atomic<int64_t>> columns(m);  // how far each row has come
   const TileKernels kernels = {plain_tile, [](bool) {}};
-  const int64_t k_panel = in_order ? 0 : 64, parts = k_panel ? (k + 63) / 64 : 1;
+  const int64_t parts = k_panel ? (k + 63) / 64 : 1;
   tile_gemm(kernels, {m, n, k, a.operand(), b.operand(), k_panel, kept}, threads, in_order,
             [&](const TileSum& sum) {
               for (int64_t i = 0; i < sum.rows; ++i) {
@@ -82,11 +82,12 @@ template <class Rng>
 void run(Rng& rng, int64_t m, int64_t n, int64_t k, int threads) {
   const Stored a = draw(rng, m, k), b = draw(rng, k, n);
   const bool in_order = rng.chance(50);
+  const int64_t k_panel = !in_order && rng.chance(50) ? 64 : 0;
   std::vector<uint16_t> memory(rng.chance(50) ? rng.below(2 * (n + 64) * (k + 32)) : 0);
   PackedB kept = {memory.empty() ? nullptr : memory.data(), static_cast<int64_t>(memory.size())};
-  multiply(a, b, m, n, k, threads, kept, in_order);
+  multiply(a, b, m, n, k, threads, kept, k_panel, in_order);
   kept.is_filled = true;
-  if (kept.data) multiply(a, b, m, n, k, threads, kept, in_order);
+  if (kept.data) multiply(a, b, m, n, k, threads, kept, k_panel, in_order);
 }
 
 // Sizes around the borders of a tile, a block and a strip.
