@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | sanitize | fuzz | teeth | triton-table | clean. Each works first in a fresh clone: it makes .venv.
+# make demo | test | lint | bench | sanitize | fuzz | teeth | emulate | triton-table | clean. Each works first in a fresh clone: it makes .venv.
 #
 # torch comes first and pinned: an unpinned torch would be another build (and on some indexes gigabytes of CUDA).
 # PYOFFLINE_TORCH names another one, PYOFFLINE_VENV another environment.
@@ -11,11 +11,11 @@ TORCH ?= $(or $(PYOFFLINE_TORCH),torch==2.13.0)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.pyoffline-installed
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.h tests/cpp/*.cpp tests/cuda_host/*.h tests/cuda_host/*.cpp)
+CXX_SOURCES := $(SOURCES) $(wildcard tests/cpp/*.c tests/cpp/*.h tests/cpp/*.cpp tests/cuda_host/*.h tests/cuda_host/*.cpp tests/emulator/*.c tests/emulator/*.cpp)
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint bench sanitize fuzz teeth triton-table install clean
+.PHONY: demo test lint bench sanitize fuzz teeth emulate triton-table install clean
 
 demo: install
 	$(BIN)/pyoffline demo
@@ -43,6 +43,12 @@ fuzz: install
 # Puts known bugs back, one by one, and looks whether the named tests fail (about 20 minutes).
 teeth: install
 	$(BIN)/python tests/teeth/run.py --json tests/teeth/result.json
+
+# The GPU tests that speak of kernels alone, on an emulated GPU (tests/emulator; CAPABILITY=80 or 90): hours. `make test`
+# runs a choice of them.
+emulate: install
+	PYOFFLINE_EMULATE=$${CAPABILITY:-90} PYTHONPATH=tests:. $(PYTEST) -q -p emulator.plugin -m gpu -n $(JOBS) -k "$${CHOICE:-not n13}" \
+	  tests/test_gpu_numbers.py tests/test_gpu_distill.py
 
 # Registers, shared memory and spills of every Triton kernel, compiled for five chips (minutes, no GPU).
 triton-table: install

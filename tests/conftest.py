@@ -5,13 +5,15 @@ workers collect and the controller reports.
 """
 
 import gc
+import os
 
 import pytest
 import torch
 
 # The files that take minutes, started first so that no process is left with one at the end.
 LONGEST = ("test_triton.py", "test_packaging.py", "test_compile.py", "test_memory.py")
-HAS_GPU = torch.cuda.is_available()
+# A GPU, or one that is emulated (tests/emulator/plugin.py).
+HAS_GPU = torch.cuda.is_available() or "PYOFFLINE_EMULATE" in os.environ
 _not_run = []
 
 

@@ -127,10 +127,11 @@ _OUTPUTS = ("loss", "logps", "entropy", "lse", "gap", "log_sum_p2", "coefs_out")
 _SCALARS = ("softcap", "logit_scale", "uniform_temperature", "grad_scale", "ignore_index")
 
 
-def row_pass(logits, labels, *, blocks=4, threads=None, capacity=None, **keywords):
-    """`_C.row_pass` on CPU tensors by a cluster of CPU threads."""
-    lib, task = library(), RowTask()
-    threads = threads or (8 if blocks <= 2 else 4)
+def task_of(logits, labels, keywords):
+    """(RowTask, terms, pointers of extras) of a call with the keywords of `_C.row_pass` and
+    `device_scale`, `bad_label`; the task's own capacity, terms and extras are not yet set.
+    """
+    task, keywords = RowTask(), dict(keywords)
     args, extras = task.args, list(keywords.pop("extras", ()))
     args.logits, args.logits_type = logits.data_ptr(), DTYPES[logits.dtype]
     args.rows, args.vocab = logits.shape
@@ -153,21 +154,31 @@ def row_pass(logits, labels, *, blocks=4, threads=None, capacity=None, **keyword
         setattr(args, name, _address(keywords.pop(name, None)))
     top = keywords.pop("is_top1", None)
     args.is_top1 = None if top is None else top.data_ptr()
-    codes, hyper = list(keywords.pop("codes", ())), keywords.pop("hyper", None)
-    terms = (Term * max(1, len(codes) // 3))()
-    for k in range(len(codes) // 3):
-        values = hyper[k].tolist()
-        terms[k] = Term(*codes[3 * k : 3 * k + 3], values[0], (_f32 * 6)(*values[1:7]))
-    args.n_terms, args.n_extras = len(codes) // 3, len(extras)
-    smoothing = any(t.code == 28 and t.scale != 0.0 for t in terms[: args.n_terms])
+    terms = _terms(list(keywords.pop("codes", ())), keywords.pop("hyper", None))
+    args.n_terms, args.n_extras = len(terms), len(extras)
+    smoothing = any(t.code == 28 and t.scale != 0.0 for t in terms)
     task.wants_gap = args.gap is not None or smoothing
     task.writes_stats = args.coefs is None or any(x is not None for x in outputs)
     task.scale = _address(keywords.pop("device_scale", None))
     task.bad_label = _address(keywords.pop("bad_label", None), torch.int64)
     assert not keywords, f"unknown keywords {sorted(keywords)}"
-    whole = -(-args.vocab * logits.element_size() // 16 // blocks) + 1
+    return task, terms, (_p * len(extras))(*[_address(x) for x in extras])
+
+
+def _terms(codes, hyper):
+    terms = (Term * (len(codes) // 3))()
+    for k in range(len(terms)):
+        values = hyper[k].tolist()
+        terms[k] = Term(*codes[3 * k : 3 * k + 3], values[0], (_f32 * 6)(*values[1:7]))
+    return terms
+
+
+def row_pass(logits, labels, *, blocks=4, threads=None, capacity=None, **keywords):
+    """`_C.row_pass` on CPU tensors by a cluster of CPU threads."""
+    task, terms, extras = task_of(logits, labels, keywords)
+    threads = threads or (8 if blocks <= 2 else 4)
+    whole = -(-task.args.vocab * logits.element_size() // 16 // blocks) + 1
     task.capacity = whole if capacity is None else capacity
     assert capacity is None or blocks == 1, "only a block on its own streams"
-    pointers = (_p * max(1, len(extras)))(*[_address(x) for x in extras])
-    code = lib.host_row_pass(ctypes.byref(task), terms, pointers, blocks, threads)
-    assert code == 0, f"no kernel for {logits.dtype} to {dlogits.dtype}"
+    code = library().host_row_pass(ctypes.byref(task), terms, extras, blocks, threads)
+    assert code == 0, f"no kernel for {logits.dtype} and dlogits of {task.args.dlogits_type}"

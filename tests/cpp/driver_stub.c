@@ -1,13 +1,27 @@
 // A stand-in for libcuda.so.1 without a GPU: what Triton's launcher calls, on a device that has the
 // limits of an H100 and runs nothing. `stub_launches` counts launches and keeps the last one's
-// shape. A tensor map is refused where cuTensorMapEncodeTiled's own rules refuse it: 16-byte
-// alignment of base and strides, boxes of at most 256. Not here: any memory or kernel
-// (test_triton_launch.py).
+// shape; `stub_on_launch` names a function that gets every launch (the emulator's). A tensor map is
+// refused where cuTensorMapEncodeTiled's own rules refuse it: 16-byte alignment of base and
+// strides, boxes of at most 256; it holds what it was made of (struct Map). Not here: any memory or
+// kernel (test_triton_launch.py, emulator/triton_driver.py).
 #include <string.h>
 
 #include "cuda.h"
 
+typedef int (*OnLaunch)(long function, const unsigned* grid_block, unsigned shared_bytes,
+                        void** params);
+
+// What emulator/matrix.py reads of a tensor map, in its 128 bytes.
+struct Map {
+  cuuint64_t base, dims[2], stride;
+  cuuint32_t box[2], type, swizzle;
+};
+
 static int launches, shape[3];
+static long functions;
+static OnLaunch on_launch;
+
+void stub_on_launch(OnLaunch f) { on_launch = f; }
 
 int stub_launches(int* grid_block_shared) {
   memcpy(grid_block_shared, shape, sizeof(shape));
@@ -15,11 +29,14 @@ int stub_launches(int* grid_block_shared) {
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** params, void** extra) {
-  (void)f, (void)extra;
+  (void)extra;
   launches += 1;
   shape[0] = (int)c->gridDimX, shape[1] = (int)c->blockDimX, shape[2] = (int)c->sharedMemBytes;
   if (c->sharedMemBytes > 232448 || c->blockDimX > 1024 || !params[0])
     return CUDA_ERROR_INVALID_VALUE;
+  const unsigned sizes[6] = {c->gridDimX,  c->gridDimY,  c->gridDimZ,
+                             c->blockDimX, c->blockDimY, c->blockDimZ};
+  if (on_launch && on_launch((long)f, sizes, c->sharedMemBytes, params)) return CUDA_ERROR_UNKNOWN;
   return CUDA_SUCCESS;
 }
 
@@ -28,7 +45,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 const cuuint32_t* box, const cuuint32_t* steps,
                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  (void)map, (void)type, (void)steps, (void)interleave, (void)swizzle, (void)promotion, (void)fill;
+  (void)steps, (void)interleave, (void)promotion, (void)fill;
   if ((size_t)base % 16) return CUDA_ERROR_INVALID_VALUE;
   for (cuuint32_t i = 0; i < rank; ++i) {
     if (!dims[i] || dims[i] > 1ull << 32 || !box[i] || box[i] > 256)
@@ -36,6 +53,13 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     if (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40))
       return CUDA_ERROR_INVALID_VALUE;
   }
+  const struct Map made = {(cuuint64_t)base,
+                           {dims[0], rank > 1 ? dims[1] : 1},
+                           rank > 1 ? strides[0] : 0,
+                           {box[0], rank > 1 ? box[1] : 1},
+                           type,
+                           swizzle};
+  memcpy(map, &made, sizeof(made));
   return CUDA_SUCCESS;
 }
 
@@ -66,8 +90,8 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 }
 
 CUresult cuModuleGetFunction(CUfunction* f, CUmodule module, const char* name) {
-  (void)name;
-  *f = (CUfunction)module;
+  (void)module, (void)name;
+  *f = (CUfunction)++functions;
   return CUDA_SUCCESS;
 }
 
