@@ -199,8 +199,10 @@ PYOFFLINE_HD inline Packet load_packet(const void* at) {
 
 PYOFFLINE_HD inline void store_packet(const Packet& packet, void* at) {
 #ifdef __CUDA_ARCH__
-  *static_cast<uint4*>(at) =
-      make_uint4(packet.words[0], packet.words[1], packet.words[2], packet.words[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)),
+               "r"(packet.words[0]), "r"(packet.words[1]), "r"(packet.words[2]),
+               "r"(packet.words[3])
+               : "memory");
 #else
   memcpy(at, &packet, sizeof(packet));
 #endif
@@ -224,7 +226,9 @@ PYOFFLINE_HD inline void store_aligned(const float* values, Out* out) {
     const uint32_t low = narrow_pair(values[0], values[1], Out{});
     const uint32_t high = narrow_pair(values[2], values[3], Out{});
 #ifdef __CUDA_ARCH__
-    *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(out)), "r"(low),
+                 "r"(high)
+                 : "memory");
 #else
     const uint32_t words[2] = {low, high};
     memcpy(out, words, sizeof(words));
