@@ -12,7 +12,7 @@ GEMMs.
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.configs import FMA, pair_config
+from pyoffline.kernels.configs import pair_config
 from pyoffline.kernels.divergences import (
     RENYI,
     dz_of,
@@ -24,7 +24,7 @@ from pyoffline.kernels.divergences import (
 from pyoffline.kernels.launch import alignment, cuts, device_of, row_programs, warp_size
 from pyoffline.kernels.row_finish import load_or, row_transform
 from pyoffline.kernels.row_pass import gradient_constants, load_coefs, zero_row
-from pyoffline.kernels.row_sums import LOG2_E, bent, load_y, places, sum_row
+from pyoffline.kernels.row_sums import LN_2, LOG2_E, bent, load_y, places, sum_row
 from pyoffline.kernels.scalar_ops import log1p
 
 
@@ -205,7 +205,7 @@ def run_pair(
         poison += tl.where(factor == 0.0, 0.0, (value + mean) * 0.0)
         terms = terms + ((q, tl.where(factor == 0.0, 0.0, factor * own * chain), mean, peak),)
     tl.store(loss_ptr + row, loss)
-    tl.store(entropy_ptr + row, log_d_t - sums_t[3] * slope_t / d_t)
+    tl.store(entropy_ptr + row, log_d_t - sums_t[3] * LN_2 / d_t)
     tl.store(agreement_ptr + row, (top < vocab) & (y_top == sums[0]))
     if g_ptr is not None:
         y_label = bent(x_label, bias_label, sign, inner, bias_ptr is not None, BENDS, True)
@@ -213,7 +213,7 @@ def run_pair(
         logp = t_label - log_d
         damp_label = 1.0 - y_label * y_label if BENDS else 1.0
         from_p, from_pt, from_u, at_label = gradient_constants(
-            coefs, (d, tl.where(logp > 0.0, 0.0, logp), t_label, sums[3] * slope / d), chain, vocab,
+            coefs, (d, tl.where(logp > 0.0, 0.0, logp), t_label, sums[3] * LN_2 / d), chain, vocab,
             1.0, 1.0, damp_label,
         )  # fmt: skip
         poison += (from_p + from_pt + from_u) * 0.0
@@ -282,9 +282,10 @@ def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, output
     count, vocab = logits.shape
     if count == 0:
         return
-    size = min(logits.element_size(), teacher.element_size())
-    config = pair_config(vocab, size, warp_size(logits.device))
     unit = alignment(logits, teacher, dlogits)
+    size = max(logits.element_size(), teacher.element_size())
+    size = size if unit * size % 16 == 0 else 4  # entry by entry: no more of them than of fp32
+    config = pair_config(vocab, size, warp_size(logits.device))
     head, head_t = rows.head, teacher_rows.head
     numbers = ()
     for code, _, scale, param in terms:
@@ -301,5 +302,5 @@ def distill_row_pass(logits, teacher, dlogits, rows, teacher_rows, terms, output
             CODES=tuple(x for code, gate, *_ in terms for x in (code, gate)),
             BENDS=head.softcap != 0, BENDS_T=head_t.softcap != 0,
             UNIT=unit, LANES=config.lanes, GROUP=config.group,
-            CUT=cuts(config.group, logits, teacher), num_warps=config.warps, **FMA,
+            CUT=cuts(config.group, logits, teacher), **config.options,
         )  # fmt: skip

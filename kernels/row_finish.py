@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from pyoffline.kernels.objective_functions import evaluate_program
+from pyoffline.kernels.row_sums import LN_2
 from pyoffline.kernels.scalar_ops import log1p
 
 
@@ -64,7 +65,7 @@ def statistics(sums, slope, y_label, vocab, sum_u):
     d = tl.where(m * 0.0 == 0.0, ones + tail, float("nan"))  # a logit of +inf has no softmax
     log_d = tl.where(d > 0.0, log1p(ones - 1.0 + tail), float("nan"))
     t_label = (y_label - m) * slope
-    mean_t = s * slope / d
+    mean_t = s * LN_2 / d
     logp = t_label - log_d
     logp = tl.where(logp > 0.0, 0.0, logp)
     entropy = log_d - mean_t

@@ -1,11 +1,11 @@
 """Row pass: softmax statistics, the objective and the gradient of C rows of V logits, one kernel.
 
 Per row: `row_sums` (first sweep), statistics, `evaluate_program` (or given coefficients), then
-dlogits_v = damp_v (e_v (from_p - from_pt (y_v - m)) - from_u u_v) in a second sweep that finds the
-row in L2; dlogits may start where the row starts, also in a narrower type. A program works through
-rows pid, pid + programs, ...; the number of programs keeps the rows in flight within L2, and no
-result depends on it. Traffic, configurations: README.md, configs.py. Not here: GEMMs, compaction,
-reductions over rows, fp64.
+dlogits_v = damp_v (e_v (from_p - from_pw w_v) - from_u u_v) in a second sweep that finds the row in
+L2; the label's entry is stored after it. dlogits may start where the row starts, also in a narrower
+type. A program works through rows pid, pid + programs, ...; the number of programs keeps the rows
+in flight within L2, and no result depends on it. Traffic, configurations: README.md, configs.py.
+Not here: GEMMs, compaction, reductions over rows, fp64.
 
 Hyper-parameters are runtime scalars. Row offsets are 64-bit. A row that does not count is never
 read. A label outside [0, V) is never an address: its row becomes NaN and `flag` is set.
@@ -14,7 +14,7 @@ read. A label outside [0, V) is never an address: its row becomes NaN and `flag`
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.configs import FMA, row_config
+from pyoffline.kernels.configs import RowNeeds, row_config
 from pyoffline.kernels.launch import (
     alignment,
     cuts,
@@ -33,7 +33,9 @@ from pyoffline.kernels.row_finish import (
     write_row,
 )
 from pyoffline.kernels.row_sums import (
+    FLOOR,
     LIFTED,
+    LN_2,
     LOG2_E,
     bent,
     end_of_full_tiles,
@@ -48,7 +50,9 @@ from pyoffline.objectives import TABLE
 
 @triton.jit
 def gradient_constants(coefs, stats, factor, vocab, mean_u, u_label, damp_label):
-    """(from_p, from_pt, from_u, at_label): what the second sweep multiplies with."""
+    """(from_p, from_pt, from_u, at_label): dz_v = e_v (from_p - from_pt t_v) - from_u u_v with t in
+    nats, and the label's entry.
+    """
     a, b, c, e = coefs
     d, logp, t_label, mean_t = stats
     common = c + product(e, mean_u) + product(b, tl.where(b == 0.0, 0.0, mean_t))
@@ -64,24 +68,24 @@ def gradient_constants(coefs, stats, factor, vocab, mean_u, u_label, damp_label)
 
 @triton.jit
 def gradient_tile(
-    x_ptr, g_ptr, base, label, constants, sums, low, high, bias_ptr, class_weight_ptr,
-    sign, inner, slope2,
+    x_ptr, g_ptr, base, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
-    NARROWS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
+    NARROWS: tl.constexpr, FINITE: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of dlogits; label: its place, counted as the tiles are."""
-    from_p, from_pt, from_u, at_label, at_zero = constants
+    """Write one tile of dlogits, the label's entry like any other."""
+    from_p, from_pw, from_u, at_zero = constants
     offs, _, _ = places(base, low, high, GROUP, CUT)
     y = load_y(
         x_ptr, base, low, high, bias_ptr, sign, inner, BENDS, SIGNED, MASKED, GROUP, CUT
     )  # fmt: skip
-    dy = y - sums[0]
-    e = tl.exp2(dy * slope2)
+    w = (y - sums[0]) * slope2
+    e = tl.exp2(w)
+    dz = e * from_p
     if WANT_PT:
-        scaled = e * (from_p - from_pt * dy)
-    else:
-        scaled = e * from_p
-    dz = tl.where(e == 0.0, at_zero, scaled)
+        dz = e * (from_p - from_pw * tl.maximum(w, FLOOR))
+    if not FINITE:
+        dz = tl.where(e == 0.0, at_zero, dz)
     if WANT_U:
         if class_weight_ptr is None:
             dz = dz - from_u
@@ -91,7 +95,7 @@ def gradient_tile(
     if BENDS:
         damp = 1.0 - y * y
         dz = tl.where(damp == 0.0, tl.where(dz == dz, 0.0, dz), dz * damp)
-    dz = tl.where(offs == label, at_label, dz).to(g_ptr.dtype.element_ty)
+    dz = dz.to(g_ptr.dtype.element_ty)
     if NARROWS:  # the tile's gradient lies over logits of this tile: all are read before
         tl.debug_barrier()
     if MASKED:
@@ -114,11 +118,10 @@ def store_groups(g_ptr, base, values, low, high, GROUP: tl.constexpr, CUT: tl.co
 
 @triton.jit
 def gradient_row(
-    x_ptr, g_ptr, label, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner,
-    slope2,
+    x_ptr, g_ptr, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner, slope2,
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
-    NARROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
-    SHIFTS: tl.constexpr,
+    NARROWS: tl.constexpr, FINITE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    CUT: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
     """Second sweep of a row, tiles in ascending order."""
     BLOCK: tl.constexpr = LANES * GROUP
@@ -126,22 +129,20 @@ def gradient_row(
     first = 0
     if SHIFTS:
         gradient_tile(
-            x_ptr, g_ptr, base, label, constants, sums, low, high, bias_ptr, class_weight_ptr,
-            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, GROUP, CUT,
+            x_ptr, g_ptr, base, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner,
+            slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, FINITE, True, GROUP, CUT,
         )  # fmt: skip
         first = BLOCK
     full = end_of_full_tiles(high, BLOCK, SHIFTS)
     for start in range(first, full, BLOCK):
         gradient_tile(
-            x_ptr, g_ptr, start + base, label, constants, sums, low, high, bias_ptr,
-            class_weight_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False,
-            GROUP, CUT,
+            x_ptr, g_ptr, start + base, constants, sums, low, high, bias_ptr, class_weight_ptr,
+            sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, FINITE, False, GROUP, CUT,
         )  # fmt: skip
     if full < high:
         gradient_tile(
-            x_ptr, g_ptr, full + base, label, constants, sums, low, high, bias_ptr,
-            class_weight_ptr, sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True,
-            GROUP, CUT,
+            x_ptr, g_ptr, full + base, constants, sums, low, high, bias_ptr, class_weight_ptr, sign,
+            inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, FINITE, True, GROUP, CUT,
         )  # fmt: skip
 
 
@@ -276,17 +277,44 @@ def run_row(
                 (a, b, c, e), (d, logp, t_label, mean_t), factor, vocab, sum_u / vocab, u_label,
                 damp_label,
             )  # fmt: skip
-            is_nan = (from_p != from_p) | (from_pt != from_pt) | (from_u != from_u)
-            at_zero = tl.where(is_nan, float("nan"), 0.0)
-            at_label = tl.where(is_nan, float("nan"), at_label)
-            constants = (from_p, from_pt * slope, from_u, at_label, at_zero)
-            gradient_row(
+            from_pw = from_pt * LN_2
+            constants = (from_p, from_pw, from_u, at_label)
+            write_gradient(
                 x_ptr, g_ptr, low + at, constants, sums, low, high, bias_ptr, class_weight_ptr,
-                sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U,
-                g_ptr.dtype.element_ty.primitive_bitwidth
-                < x_ptr.dtype.element_ty.primitive_bitwidth,
-                LANES, GROUP, CUT, SHIFTS,
+                sign, inner, slope2, BENDS, SIGNED, WANT_PT, WANT_U, LANES, GROUP, CUT, SHIFTS,
             )  # fmt: skip
+
+
+@triton.jit
+def write_gradient(
+    x_ptr, g_ptr, label, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner,
+    slope2,
+    BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_PT: tl.constexpr, WANT_U: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr, SHIFTS: tl.constexpr,
+):  # fmt: skip
+    """The row's dlogits. An infinite constant takes a sweep that keeps entries of p = 0 out of it;
+    a NaN reaches every entry.
+    """
+    from_p, from_pw, from_u, at_label = constants
+    NARROWS: tl.constexpr = (
+        g_ptr.dtype.element_ty.primitive_bitwidth < x_ptr.dtype.element_ty.primitive_bitwidth
+    )
+    is_nan = (from_p != from_p) | (from_pw != from_pw) | (from_u != from_u)
+    at_zero = tl.where(is_nan, float("nan"), 0.0)
+    constants = (from_p, from_pw, from_u, at_zero)
+    largest = tl.abs(from_p) - FLOOR * tl.abs(from_pw)
+    if largest == float("inf"):
+        gradient_row(
+            x_ptr, g_ptr, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner,
+            slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, False, LANES, GROUP, CUT, SHIFTS,
+        )  # fmt: skip
+    else:
+        gradient_row(
+            x_ptr, g_ptr, constants, sums, low, high, bias_ptr, class_weight_ptr, sign, inner,
+            slope2, BENDS, SIGNED, WANT_PT, WANT_U, NARROWS, True, LANES, GROUP, CUT, SHIFTS,
+        )  # fmt: skip
+    tl.debug_barrier()
+    tl.store(g_ptr + label, tl.where(is_nan, float("nan"), at_label))
 
 
 def row_pass(
@@ -311,13 +339,18 @@ def row_pass(
         return
     size = logits.element_size()
     is_shifted = shifts(16 // size, logits, dlogits)
-    config = config or row_config(vocab, size, warp_size(logits.device), is_shifted)
     terms = rows.codes[0::3]
     given = rows.coefs is not None
     reads_entropy, reads_gap = TABLE["entropy_term"].code in terms, TABLE["smoothing"].code in terms
     sum_u = None if rows.class_weight is None else rows.class_weight.sum().reshape(1)
+    wants_gap = reads_gap or outputs[6] is not None
     unit = alignment(logits, dlogits)
+    is_split = unit * size < 16 and not is_shifted
     head = rows.head
+    beside = rows.bias is not None or rows.class_weight is not None
+    is_wide = beside or wants_gap or head.softcap != 0
+    needs = RowNeeds(is_shifted, is_split, is_wide, len(terms), dlogits is None)
+    config = config or row_config(vocab, size, warp_size(logits.device), needs)
     coefs = rows.coefs if given else outputs[7]  # read or written, never both
     negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
     with device_of(logits):
@@ -332,8 +365,8 @@ def row_pass(
             CODES=tuple(rows.codes), BENDS=head.softcap != 0,
             SIGNED=LIFTED.value if is_lifted else negative,
             WANT_PT=given or reads_entropy, WANT_U=given or reads_gap,
-            WANT_P2=outputs[4] is not None, WANT_GAP=reads_gap or outputs[6] is not None,
+            WANT_P2=outputs[4] is not None, WANT_GAP=wants_gap,
             UNIT=unit, LANES=config.lanes, GROUP=config.group,
             CUT=1 if is_shifted else cuts(config.group, logits), SHIFTS=is_shifted,
-            num_warps=config.warps, **FMA,
+            **config.options,
         )  # fmt: skip

@@ -7,7 +7,8 @@ the maximum is summed again without it: log d = log1p(ones - 1 + tail) keeps eve
 confident row (csrc/row_pass.h has the same split).
 
 Coordinates: y = sign * (x + bias), or sign * tanh(inner * (x + bias)) under a softcap, ordered as
-z = slope * y with slope > 0; t = slope * (y - m). Not here: statistics, objectives, gradients.
+z = slope * y with slope > 0; w = log2(e) slope (y - m), so that an entry's exponential is 2^w. Not
+here: statistics, objectives, gradients.
 """
 
 import triton
@@ -16,9 +17,13 @@ import triton.language as tl
 from pyoffline.kernels.scalar_ops import tanh
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Below every logit that is not -inf, and finite: -inf minus this is -inf, not NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 LIFTED: tl.constexpr = tl.constexpr(2)
+# 2^w is 0 from here down in fp32, and 0 * w is 0: an entry of -inf then needs no branch. A maximum
+# may drop a NaN; the exponential that it is multiplied with keeps it.
+FLOOR: tl.constexpr = tl.constexpr(-150.0)
 LANE_ROUND: tl.constexpr = tl.constexpr(32)  # groups of one lane read at a time
 
 
@@ -101,23 +106,25 @@ def load_u(
 
 @triton.jit
 def fold(y, u, state, slope2, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr):
-    """Add a tile to the lanes' (m, d, s, q, ut, us): the maximum of y, sum e, sum e (y - m), sum
-    e^2, sum u (y - m), sum u.
+    """Add a tile to the lanes' (m, d, s, q, ut, us): the maximum of y, sum e, sum e w, sum e^2, sum
+    u (y - m), sum u.
     """
     m, d, s, q, ut, us = state
     top = tl.max(y, axis=1)
     m_new = tl.where(top > m, top, m)  # a NaN is no maximum; it shows in d
-    step = tl.where(d == 0.0, 0.0, m - m_new)
-    r = tl.exp2(step * slope2)
+    step = m - m_new
+    fall = tl.maximum(step * slope2, FLOOR)
+    r = tl.exp2(fall)
     t = y - m_new[:, None]
-    e = tl.exp2(t * slope2)
-    s = tl.where(r == 0.0, 0.0, (s + d * step) * r)
-    s = s + tl.sum(tl.where(e == 0.0, 0.0, e * t), axis=1)
+    w = t * slope2
+    e = tl.exp2(w)
+    s = (s + d * fall) * r + tl.sum(e * tl.maximum(w, FLOOR), axis=1)
     d = d * r + tl.sum(e, axis=1)
     if WANT_P2:
         q = q * r * r + tl.sum(e * e, axis=1)
     if WANT_GAP:
-        ut = ut + us * step + tl.sum(tl.where(u == 0.0, 0.0, u * t), axis=1)
+        ut = ut + tl.where(us == 0.0, 0.0, us * step)
+        ut = ut + tl.sum(tl.where(u == 0.0, 0.0, u * t), axis=1)
         us = us + tl.sum(u, axis=1)
     return m_new, d, s, q, ut, us
 
@@ -173,8 +180,8 @@ def sum_row(
     BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
-    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row, in units of y. The row is
-    entries low to high from row_ptr, a multiple of 16 bytes; low is 0 unless SHIFTS.
+    """(m, ones, tail, sum e w, tail of squares, sum u (y - m)) of a row, m and the last in units of
+    y. The row is entries low to high from row_ptr, a multiple of 16 bytes; low is 0 unless SHIFTS.
     """
     BLOCK: tl.constexpr = LANES * GROUP
     base = tl.arange(0, LANES)[:, None] * GROUP
@@ -215,15 +222,16 @@ def join_lanes(
     lanes = tl.arange(0, LANES)
     m = tl.max(m_lane, axis=0)
     best = tl.min(tl.where(m_lane == m, lanes, LANES), axis=0)
-    step = tl.where(d == 0.0, 0.0, m_lane - m)
-    r = tl.exp2(step * slope2)
+    step = m_lane - m
+    fall = tl.maximum(step * slope2, FLOOR)
+    r = tl.exp2(fall)
     ones, tail, squares = sum_lane(
         row_ptr, best, low, high, m, bias_ptr, sign, inner, slope2, BENDS, SIGNED, LANES, GROUP,
         CUT,
     )  # fmt: skip
     other = lanes != best
     tail += tl.sum(tl.where(other, d * r, 0.0), axis=0)
-    s_row = tl.sum(tl.where(r == 0.0, 0.0, (s + d * step) * r), axis=0)
+    s_row = tl.sum((s + d * fall) * r, axis=0)
     if WANT_P2:
         squares += tl.sum(tl.where(other, q * r * r, 0.0), axis=0)
     gap = 0.0

@@ -29,10 +29,10 @@ from pyoffline.kernels.row_finish import (
     statistics,
     write_row,
 )
-from pyoffline.kernels.row_sums import LOG2_E, LOWEST, bent
+from pyoffline.kernels.row_sums import FLOOR, LOG2_E, LOWEST, bent
 from pyoffline.objectives import TABLE
 
-# m, ones, tail, s, tail of squares, y of the label, sum u (y - m), sum u: 32 bytes, one L2 sector
+# m, ones, tail, sum e w, tail of squares, y of the label, sum u (y - m), sum u: 32 bytes, a sector
 SUMS = 8
 FINISH_SPANS = 64  # spans that a program of the second kernel joins at a time
 STORE_UNIT: tl.constexpr = tl.constexpr(ROW_UNIT)
@@ -69,18 +69,20 @@ def fold_logits(
     rises = top > m  # a NaN is no maximum; it shows in the tail
     m_new = tl.where(rises, top, m)
     d = ones + tail
-    step = tl.where(d == 0.0, 0.0, m - m_new)
-    r = tl.exp2(step * slope2)
+    step = m - m_new
+    fall = tl.maximum(step * slope2, FLOOR)
+    r = tl.exp2(fall)
     tail = tl.where(rises, d * r, tail)
     q = tl.where(rises, (ones + q) * r * r, q)
-    s = tl.where(rises, tl.where(r == 0.0, 0.0, (s + d * step) * r), s)
+    s = tl.where(rises, (s + d * fall) * r, s)
     ones = tl.where(rises, 0.0, ones)
     t = y - m_new[:, None]
+    w = t * slope2[:, None]
     is_top = y == m_new[:, None]
-    e = tl.where(is_top, 0.0, tl.exp2(t * slope2[:, None]))
+    e = tl.where(is_top, 0.0, tl.exp2(w))
     ones += tl.sum(tl.where(is_top, 1.0, 0.0), axis=1)
     tail += tl.sum(e, axis=1)
-    s += tl.sum(tl.where(e == 0.0, 0.0, e * t), axis=1)
+    s += tl.sum(e * tl.maximum(w, FLOOR), axis=1)
     q += tl.sum(e * e, axis=1)
     if WANT_GAP:
         ut += tl.where(us == 0.0, 0.0, us * step)
@@ -227,7 +229,7 @@ def write_sums(
 def join_spans(
     sums_ptr, n_spans, slope2, WANT_GAP: tl.constexpr, FIELDS: tl.constexpr, SPANS: tl.constexpr
 ):
-    """(m, ones, tail, s, tail of squares, sum u (y - m)) of a row.
+    """The sums of a row, as `row_sums.sum_row` gives them.
 
     Lane i takes the spans i, i + SPANS, ...; lanes join at the end.
     """
@@ -250,13 +252,14 @@ def join_spans(
         part_s = tl.load(ptrs + 3, mask=mask, other=0.0)
         part_q = tl.load(ptrs + 4, mask=mask, other=0.0)
         d = part_ones + part_tail
-        step = tl.where(d == 0.0, 0.0, m_span - m)
-        r = tl.exp2(step * slope2)
+        step = m_span - m
+        fall = tl.maximum(step * slope2, FLOOR)
+        r = tl.exp2(fall)
         is_top = m_span == m
         ones += tl.where(is_top, part_ones, 0.0)
         tail += tl.where(is_top, part_tail, d * r)
         q += tl.where(is_top, part_q, (part_ones + part_q) * r * r)
-        s += tl.where(r == 0.0, 0.0, (part_s + d * step) * r)
+        s += (part_s + d * fall) * r
         if WANT_GAP:
             us = tl.load(ptrs + 7, mask=mask, other=0.0)
             gap += tl.load(ptrs + 6, mask=mask, other=0.0)
