@@ -177,7 +177,7 @@ class Machine(Threads):
 
 def _machine(kernel, block, cluster, together, shared_bytes) -> Machine:
     """Built once for each shape of a launch, and kept with the kernel."""
-    kept = kernel.__dict__.setdefault("machines", {})
+    kept = kernel.machines
     key = (block, cluster, together)
     if key not in kept:
         kept[key] = Machine(kernel, block, cluster, together, shared_bytes)

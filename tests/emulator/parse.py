@@ -47,7 +47,8 @@ class Block:
 @dataclass
 class Kernel:
     """params: (name, bytes, alignment); shared: {name: offset}, the dynamic array last, at
-    `shared_bytes`; constants: {name: bytes}; registers: {name: type}.
+    `shared_bytes`; constants: {name: bytes}; registers: {name: type}; machines: what
+    `machine.launch` keeps of each shape.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kernel:
     constants: dict
     blocks: list
     labels: dict
+    machines: dict = field(default_factory=dict)
 
 
 def _without_comments(text: str) -> str:
