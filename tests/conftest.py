@@ -11,7 +11,13 @@ import pytest
 import torch
 
 # The files that take minutes, started first so that no process is left with one at the end.
-LONGEST = ("test_triton.py", "test_packaging.py", "test_compile.py", "test_memory.py")
+LONGEST = (
+    "test_triton.py",
+    "test_emulated_gpu.py",
+    "test_packaging.py",
+    "test_compile.py",
+    "test_memory.py",
+)
 # A GPU, or one that is emulated (tests/emulator/plugin.py).
 HAS_GPU = torch.cuda.is_available() or "PYOFFLINE_EMULATE" in os.environ
 _not_run = []

@@ -40,7 +40,7 @@ class Machine(Threads):
         everybody = 0  # where all stand together, or None
         for _ in range(STAGES):
             if everybody is None and self.done.all():
-                return
+                return self.end_proxy()
             at, mask = self._choose(everybody)
             block = self.kernel.blocks[at]
             if block.is_sync:

@@ -67,6 +67,11 @@ class Proxy:
         self.tile_copies, self.barriers, self.spins = [], {}, 0
         self.unfenced = np.zeros(self.shared.data.size // GRANULE, np.uint8)
 
+    def end_proxy(self):
+        """The kernel has ended."""
+        if self.tile_copies:
+            raise MemoryFault("a kernel ends while a tensor copy is under way")
+
     @cached_property
     def has_asynchronous_proxy(self):
         """Whether the kernel has instructions that fence.proxy.async is for."""
