@@ -2,8 +2,8 @@
 instruction by instruction (tests/emulator), not an interpreter's idea of it.
 
 tests/emulated and a choice of tests/test_gpu_*.py, a process for each compute capability; `make
-emulate` runs more of them, for hours. What the emulator cannot tell: time, the order in which tensor cores
-add, AMD's chips, Blackwell's tensor memory.
+emulate` runs more of them, for hours. What the emulator cannot tell: time, the order in which
+tensor cores add, AMD's chips, Blackwell's tensor memory.
 """
 
 import importlib.util
