@@ -348,8 +348,8 @@ def row_pass(
     is_split = unit * size < 16 and not is_shifted
     head = rows.head
     beside = rows.bias is not None or rows.class_weight is not None
-    is_wide = beside or wants_gap or head.softcap != 0
-    needs = RowNeeds(is_shifted, is_split, is_wide, len(terms), dlogits is None)
+    is_wide = beside or head.softcap != 0
+    needs = RowNeeds(is_shifted, is_split, is_wide, wants_gap, len(terms), dlogits is None)
     config = config or row_config(vocab, size, warp_size(logits.device), needs)
     coefs = rows.coefs if given else outputs[7]  # read or written, never both
     negative = rows.temperature is not None or head.logit_scale / head.temperature < 0

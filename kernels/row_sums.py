@@ -125,7 +125,8 @@ def fold(y, u, state, slope2, WANT_P2: tl.constexpr, WANT_GAP: tl.constexpr):
     if WANT_GAP:
         ut = ut + tl.where(us == 0.0, 0.0, us * step)
         ut = ut + tl.sum(tl.where(u == 0.0, 0.0, u * t), axis=1)
-        us = us + tl.sum(u, axis=1)
+        # not the loaded values themselves: over those Triton's OptimizeThreadLocality asserts
+        us = us + tl.sum(tl.where(u == 0.0, 0.0, u), axis=1)
     return m_new, d, s, q, ut, us
 
 

@@ -13,6 +13,8 @@ Tiles come through tensor descriptors (TMA) where the chip has them, else throug
 source, by a constexpr. Row offsets are 64-bit.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -337,6 +339,8 @@ class Scoring:
         self.unit = min(alignment(hidden, weight), dim & -dim)
         plain = not (head.softcap or self.negative or self.want_gap)
         self.config = config or score_config(hidden, self.unit, plain)
+        if self.negative and self.config.signed_warps:
+            self.config = replace(self.config, warps=self.config.signed_warps)
         spans = triton.cdiv(self.vocab, self.config.span)
         self.sums = torch.empty(
             self.count, spans, SUMS, dtype=torch.float32, device=hidden.device

@@ -26,6 +26,7 @@ MODULES = {
     "cuda": "pyoffline.cuda_backend",
 }
 GPU_BACKENDS = ("cuda", "triton")
+TRITON = (3, 6)  # what the kernels compile with; torch 2.10 has it, torch 2.6 has 3.2
 # Ops that are modules of their own; a backend that is not in its row does not serve the op.
 OP_MODULES = {
     DISTILL: {
@@ -125,7 +126,16 @@ def _why_not_triton(device: str, dtype: torch.dtype | None) -> str | None:
         return "torch sees no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "the triton backend needs compute capability 8.0 (Ampere) or later"
-    return None
+    return why_not_triton_version(importlib.import_module("triton").__version__)
+
+
+def why_not_triton_version(version: str) -> str | None:
+    """What is wrong with this Triton, or None."""
+    major, minor = (int(x) for x in version.split(".")[:2])
+    if (major, minor) >= TRITON:
+        return None
+    wanted = ".".join(map(str, TRITON))
+    return f"the triton backend needs triton {wanted} or later, this is {version}: update torch"
 
 
 @contextlib.contextmanager

@@ -266,3 +266,14 @@ def test_fp64_logits_are_computed_where_fp64_is():
     assert po.linear_distill_loss(leaf, head, teacher, tokens, po.ReverseKL()).loss.isfinite()
     with po.use_backend("cpu"), pytest.raises(RuntimeError, match="computes in fp32"):
         po.linear_policy_loss(leaf, head, tokens, po.NLL())
+
+
+@pytest.mark.parametrize(
+    ("version", "is_served"),
+    [("3.2.0", False), ("3.5.1+rocm7", False), ("3.6.0", True), ("4.0.0", True)],
+)
+def test_an_older_triton_is_named(version, is_served):
+    """torch 2.6 brings 3.2, which has no tensor descriptors: a reason, not a crash at import."""
+    reason = sys.modules["pyoffline.backends"].why_not_triton_version(version)
+    assert (reason is None) == is_served
+    assert is_served or ("3.6" in reason and version in reason)

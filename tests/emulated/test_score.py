@@ -12,10 +12,7 @@ import os
 
 import pytest
 import torch
-import triton
 from compare import same_bits
-from emulator.memory import MemoryFault
-from emulator.proxy import WRITTEN, Proxy
 from emulator.triton_driver import LAUNCHES
 from row_cases import outputs, random_rows
 
@@ -26,7 +23,13 @@ from pyoffline.cpu import row_arguments
 from pyoffline.gpu_rows import float32_rows
 from pyoffline.kernels import epilogue_rows as epilogue
 from pyoffline.kernels import score_rows as kernel
-from pyoffline.kernels.configs import EPILOGUE_TILES, SCORE_TILES, score_family
+from pyoffline.kernels.configs import (
+    EPILOGUE_TILES,
+    SCORE_TILES,
+    TF32_TILES,
+    score_family,
+    tf32_family,
+)
 
 CHIP = int(os.environ["PYOFFLINE_EMULATE"])
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -133,20 +136,8 @@ CASES = {
 }
 
 
-# Triton 3.7.0 leaves out the fence between cp.async and a wgmma that reads what it wrote, and 3.7.1
-# does not (triton-lang/triton#10537).
-UNFENCED = CHIP == 90 and triton.__version__ == "3.7.0"
-
-
-@pytest.fixture
-def copies_need_no_fence(monkeypatch):
-    """Numbers are compared all the same."""
-    if UNFENCED:
-        monkeypatch.setattr(Proxy, "fenced_first", WRITTEN)
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_every_output_equals_the_row_pass_on_the_logits(case, copies_need_no_fence):
+def test_every_output_equals_the_row_pass_on_the_logits(case):
     dtype, n, vocab, dim, objective, options = CASES[case]
     x, w, logits = factors(n, vocab, dim, dtype)
     rows = rows_of(n, vocab, objective, options)
@@ -168,25 +159,14 @@ def in_tf32():
     """(scored, swept, rows) of fp32 rows; the bits that TF32 drops do not reach the logits."""
     x, w, logits = factors(70, 300, 68, FP32)
     rows = rows_of(70, 300, COMPOSED, {})
-    config = dataclasses.replace(tile(x, 4), precision="tf32")
+    config = TF32_TILES[tf32_family(CHIP // 10, 4)]
     got, _ = scored(x * (1 + 2.0**-12), w * (1 + 2.0**-13), rows, config, gap=None)
     return got, swept(logits, rows), rows
 
 
-def test_fp32_rows_multiplied_in_tf32(copies_need_no_fence):
+def test_fp32_rows_multiplied_in_tf32():
     assert_same(*in_tf32())
     assert any("tf32" in opcode for opcode in executed("score_tiles", 1))
-
-
-@pytest.mark.xfail(UNFENCED, raises=MemoryFault, strict=True, reason="Triton 3.7.0 on sm_90")
-@pytest.mark.parametrize("case", ["tf32", "rows of 140 bytes"])
-def test_copies_are_fenced_before_a_product_reads_them(case):
-    if case == "tf32":
-        in_tf32()
-    else:
-        dtype, n, vocab, dim, objective, _ = CASES[case]
-        x, w, _ = factors(n, vocab, dim, dtype)
-        scored(x, w, rows_of(n, vocab, objective, {}), gap=None)
 
 
 def test_N3_masked_vocabulary_and_N6_labels_out_of_range():

@@ -23,7 +23,7 @@ MOST_THREADS = 1024  # that one vector holds, unless one cluster has more
 STAGES = 20_000_000  # basic blocks after which a launch has run away
 
 
-class Deadlock(Exception):
+class Deadlock(AssertionError):
     """All threads wait for others."""
 
 

@@ -20,7 +20,7 @@ GRANULE = 2  # bytes that the record of accesses tells apart
 NOBODY, MANY = -1, -2
 
 
-class MemoryFault(Exception):
+class MemoryFault(AssertionError):
     """An access that a device would refuse, or must not be made."""
 
 

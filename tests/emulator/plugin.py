@@ -10,6 +10,7 @@ Not here: the choice (test_emulated_gpu.py).
 import os
 import shutil
 import sys
+import types
 
 import pytest
 
@@ -78,6 +79,7 @@ def pytest_configure(config):
         serve_cuda()
     gpu_cases.DEVICE = "cpu"
     torch.Tensor.cuda = lambda self, *a, **k: self.clone()
+    torch.cuda.current_stream = lambda device=None: types.SimpleNamespace(cuda_stream=0)
 
 
 @pytest.fixture(autouse=True)
