@@ -5,7 +5,7 @@ metrics, aggregation, advantages, the trainer.
 The thirty historical ones: `mutations.py`.
 """
 
-from mutation_table import Mutation
+from mutation_table import one
 
 NUMBERS, NUMBERS_2 = "tests/test_numbers.py::", "tests/test_numbers_2.py::"
 NUMBERS_3, SCORE = "tests/test_numbers_3.py::", "tests/test_score_rows.py::"
@@ -16,11 +16,6 @@ OPTIONS = NUMBERS + "test_N1_every_output_within_the_error_of_pytorch"
 FORTY = NUMBERS + "test_N1_fp16_with_weights_of_1e_minus_7_over_forty_chunks[cpu]"
 CHUNKS = NUMBERS + "test_N8_dweight_error_does_not_grow_with_the_number_of_chunks"
 SHAPES = NUMBERS + "test_N1_shapes_and_seeds[200-32-33-1-float32-cpu]"
-
-
-def one(number, name, file, old, new, *tests) -> Mutation:
-    """A mutation of one edit."""
-    return Mutation(number, name, file, ((old, new),), tests)
 
 
 FOLD, SCORING = "csrc/cpu/row_fold.h", "csrc/cpu/score.cpp"

@@ -29,6 +29,11 @@ class Mutation:
     note: str = ""
 
 
+def one(number, name, file, old, new, *tests) -> Mutation:
+    """A mutation of one edit."""
+    return Mutation(number, name, file, ((old, new),), tests)
+
+
 def apply(mutation: Mutation, root: Path) -> str:
     """The text of the mutated file. ValueError: an old text is not there exactly once."""
     text = (root / mutation.file).read_text()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from kernel_mutations import KERNELS  # noqa: E402
 from more_mutations import MORE  # noqa: E402
 from mutation_table import ROOT, Mutation, apply, problems  # noqa: E402
 from mutations import HISTORICAL  # noqa: E402
@@ -280,7 +281,7 @@ def provenance() -> dict:
 
 def write(path: Path, rows: list[dict], origin: dict) -> None:
     """The table as JSON. Rows that were not run this time stay as they were."""
-    known = {m.number for m in (*HISTORICAL, *MORE)}
+    known = {m.number for m in (*HISTORICAL, *MORE, *KERNELS)}
     kept = json.loads(path.read_text())["mutations"] if path.is_file() else []
     table = {r["number"]: r for r in kept if r["number"] in known}
     table |= {r["number"]: r | origin for r in rows}
@@ -295,7 +296,7 @@ def main(argv=None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the table as JSON")
     options = parser.parse_args(argv)
     only = {int(n) for n in options.only.split(",")} if options.only else None
-    table = [m for m in (*HISTORICAL, *MORE) if only is None or m.number in only]
+    table = [m for m in (*HISTORICAL, *MORE, *KERNELS) if only is None or m.number in only]
     rotten = [f"{m.number}: {p}" for m in table for p in problems(m, ROOT)]
     if rotten or not table:
         sys.stderr.write("\n".join(rotten or ["no such mutation"]) + "\n")
