@@ -205,7 +205,7 @@ def test_statistics_alone_write_nothing_else(arch):
 # (arch, logits, dlogits, two vocabularies that are launched alike, KiB of shared memory, reads)
 TRAFFIC = [
     ("sm_80", BF16, BF16, 16384, 24576, None, 1),
-    ("sm_80", F32, BF16, 16384, 24576, None, 1),
+    ("sm_80", F32, BF16, 12288, 18432, None, 1),
     ("sm_90a", F16, F16, 16384, 24576, None, 1),
     ("sm_90a", F32, F32, 32768, 49152, None, 1),
     ("sm_80", BF16, BF16, 16384, 24576, 24, 3),  # csrc/cuda/README.md, "Traffic"
@@ -251,6 +251,37 @@ def test_an_aligned_gradient_is_stored_by_packets(arch, dtype, grad, small, larg
     width = 4 if dtype == grad else 2
     assert sum(stores.values()) == (large - small) * dtype.itemsize // 16
     assert all(name.startswith(f"st.global.v{width}.") for name in stores)
+
+
+# (logits, vocab, PTX instructions of a logit at most): csrc/cuda/README.md, "Work", and 3 %
+INSTRUCTIONS = [(BF16, 32000, 20.4), (BF16, 151936, 19.4), (F32, 151936, 18.1)]
+
+
+@pytest.mark.parametrize(("dtype", "vocab", "most"), INSTRUCTIONS, ids=str)
+def test_a_logit_costs_no_more_instructions_than_the_readme_says(dtype, vocab, most):
+    """PPO with a KL ratio, statistics and gradient, in place; moves are not counted."""
+    logits, labels, _ = draw(1, vocab, dtype)
+    got = {name: torch.full((1,), math.nan) for name in (*STATS, "loss")}
+    hyper = torch.tensor([[1.0, 0.2, 0.28, math.inf, math.inf, 0, 0, 0]], dtype=torch.float64)
+    program = {"codes": [11, -1, 0], "hyper": hyper, "old": torch.tensor([-9.0])}
+    given = {**program, "adv": torch.ones(1), "is_top1": torch.zeros(1, dtype=torch.uint8)}
+    cuda_library.row_pass("sm_90a", logits, labels, dlogits=logits, **given, **got)
+    opcodes = cuda_library.last_counts().by_opcode
+    free = ("mov.", "cvta")
+    assert sum(n for name, n in opcodes.items() if not name.startswith(free)) <= most * vocab
+
+
+@pytest.mark.parametrize(("dtype", "vocab"), [(F32, 16001), (BF16, 32000), (F16, 32003)], ids=str)
+def test_the_sums_of_a_plain_row(dtype, vocab):
+    """A confident tail, a residual of 2^-10, masks in whole steps: a cluster, no general row."""
+    logits, labels, coefs = draw(4, vocab, dtype, 2)
+    logits[0], logits[0, vocab // 2] = math.log(1e-2 / vocab), 0.0
+    logits[1] *= 200.0  # up to 3000
+    logits[2, 64:5000] = -math.inf
+    logits[3] = torch.finfo(dtype).min
+    labels[:], coefs[3] = vocab // 2, 0.0
+    check("sm_90a", logits, labels, coefs, torch.empty_like(logits))
+    assert cuda_library.last_launch().cluster == 2
 
 
 @each_arch

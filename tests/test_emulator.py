@@ -199,6 +199,8 @@ def test_arithmetic_is_that_of_the_isa():
         alu.operation(x.split("."))[0] for x in ("max.f32", "min.f32", "max.NaN.f32")
     )
     assert biggest(nan, f32(1)) == 1 and plain(f32(2), nan) == 2 and np.isnan(nan_too(nan, f32(1)))
+    packed = alu.operation(("max", "NaN", "bf16x2"))[0]  # (1, NaN) and (2, 3)
+    assert packed(np.uint32(0x7FC0_3F80), np.uint32(0x4040_4000)) == 0x7FFF_4000
     x = np.array([1.00390625, 1.01171875, -3.0, np.inf, nan, 1e-40], f32)
     want = torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
     got = alu.bf16_of(x)

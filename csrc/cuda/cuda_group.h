@@ -19,6 +19,7 @@ namespace gpu {
 class CudaGroup {
  public:
   static constexpr int kLanes = 32;
+  static constexpr int kMostBlocks = PYOFFLINE_CLUSTERS ? kMaxBlocks : 1;
 
   __device__ explicit CudaGroup(char* memory) : memory_(memory) {}
 
@@ -27,7 +28,8 @@ class CudaGroup {
   __device__ int block() const {
 #if PYOFFLINE_CLUSTERS
     int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    // volatile: read again where it is needed, not kept in a register
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 #else
     return 0;
@@ -86,14 +88,15 @@ class CudaGroup {
   __device__ Packet* packets() const { return reinterpret_cast<Packet*>(memory_ + sizeof(Shared)); }
 
   // Past L1: a logit is read from global memory once.
+  template <int kPacket>
   __device__ void copy(Packet* to, const void* from) const {
     const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0+%2], [%1+%2], 16;" ::"r"(at), "l"(from),
+                 "n"(kPacket * 16)
+                 : "memory");
   }
-  __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  template <int kLast>
   __device__ void wait_copies() const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kLast) : "memory");
+    asm volatile("cp.async.commit_group;\n\tcp.async.wait_group 0;" ::: "memory");
   }
   // The CPU may look at any time.
   __device__ void publish(int64_t* to, int64_t value) const {

@@ -135,6 +135,19 @@ PYOFFLINE_HD inline uint32_t narrow_pair(float low, float high, f16) {
 
 PYOFFLINE_HD inline float larger(float a, float b) { return a > b ? a : b; }  // b where a is NaN
 
+#ifndef __CUDA_ARCH__
+template <class T>
+inline uint32_t larger_halves(uint32_t best, uint32_t next) {
+  uint32_t out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint16_t a = static_cast<uint16_t>(best >> shift);
+    const uint16_t b = static_cast<uint16_t>(next >> shift);
+    out |= static_cast<uint32_t>(widen(T{b}) > widen(T{a}) ? b : a) << shift;
+  }
+  return out;
+}
+#endif
+
 // The largest element, -inf if all are NaN.
 PYOFFLINE_HD inline float packet_max(const Packet& packet, float) {
   float best = -INFINITY;
@@ -174,6 +187,44 @@ PYOFFLINE_HD inline float packet_max(const Packet& packet, f16 tag) {
 #endif
 }
 
+// Element by element the larger one, `best` where `next` is NaN; `best` is not.
+PYOFFLINE_HD inline void raise_packet(Packet* best, const Packet& next, float) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float x = fmaxf(float_bits(best->words[i]), float_bits(next.words[i]));
+    memcpy(best->words + i, &x, 4);
+  }
+}
+PYOFFLINE_HD inline uint32_t larger_pair(uint32_t best, uint32_t next, bf16) {
+#ifdef __CUDA_ARCH__
+  __nv_bfloat162 a, b;
+  memcpy(&a, &best, 4);
+  memcpy(&b, &next, 4);
+  a = __hmax2(a, b);
+  memcpy(&best, &a, 4);
+  return best;
+#else
+  return larger_halves<bf16>(best, next);
+#endif
+}
+PYOFFLINE_HD inline uint32_t larger_pair(uint32_t best, uint32_t next, f16) {
+#ifdef __CUDA_ARCH__
+  __half2 a, b;
+  memcpy(&a, &best, 4);
+  memcpy(&b, &next, 4);
+  a = __hmax2(a, b);
+  memcpy(&best, &a, 4);
+  return best;
+#else
+  return larger_halves<f16>(best, next);
+#endif
+}
+template <class T>
+PYOFFLINE_HD inline void raise_packet(Packet* best, const Packet& next, T tag) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) best->words[i] = larger_pair(best->words[i], next.words[i], tag);
+}
+
 // 2^w for w <= 1; a result below FLT_MIN is 0, NaN stays NaN. Relative error below 2^-22.
 PYOFFLINE_HD inline float exp2_flushed(float w) {
 #ifdef __CUDA_ARCH__
@@ -197,41 +248,43 @@ PYOFFLINE_HD inline Packet load_packet(const void* at) {
 #endif
 }
 
+template <int kPast>
 PYOFFLINE_HD inline void store_packet(const Packet& packet, void* at) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)),
+  asm volatile("st.global.v4.u32 [%0+%5], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)),
                "r"(packet.words[0]), "r"(packet.words[1]), "r"(packet.words[2]),
-               "r"(packet.words[3])
+               "r"(packet.words[3]), "n"(kPast)
                : "memory");
 #else
-  memcpy(at, &packet, sizeof(packet));
+  memcpy(static_cast<char*>(at) + kPast, &packet, sizeof(packet));
 #endif
 }
 
-// kCount values at `out`, whose address is a multiple of their size.
-template <int kCount, class Out>
+// kCount values kPast elements after `out`, at an address that is a multiple of their size.
+template <int kCount, int kPast = 0, class Out>
 PYOFFLINE_HD inline void store_aligned(const float* values, Out* out) {
+  constexpr int kBytes = kPast * static_cast<int>(sizeof(Out));
   if constexpr (sizeof(Out) == 4) {
     Packet packet;
 #pragma unroll
     for (int i = 0; i < 4; ++i) memcpy(packet.words + i, values + i, 4);
-    store_packet(packet, out);
+    store_packet<kBytes>(packet, out);
   } else if constexpr (kCount == 8) {
     Packet packet;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       packet.words[i] = narrow_pair(values[2 * i], values[2 * i + 1], Out{});
-    store_packet(packet, out);
+    store_packet<kBytes>(packet, out);
   } else {
     const uint32_t low = narrow_pair(values[0], values[1], Out{});
     const uint32_t high = narrow_pair(values[2], values[3], Out{});
 #ifdef __CUDA_ARCH__
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(out)), "r"(low),
-                 "r"(high)
+    asm volatile("st.global.v2.u32 [%0+%3], {%1, %2};" ::"l"(__cvta_generic_to_global(out)),
+                 "r"(low), "r"(high), "n"(kBytes)
                  : "memory");
 #else
     const uint32_t words[2] = {low, high};
-    memcpy(out, words, sizeof(words));
+    memcpy(out + kPast, words, sizeof(words));
 #endif
   }
 }

@@ -1,12 +1,13 @@
 // The row pass of one row by a group of threads: maximum, sums, objective, gradient.
 //
-// The row is cut into packets of 16 bytes, block b of the group takes an equal run of them, thread
-// i every threads()-th. A thread copies its packets to the block's memory, sweeps them there three
-// times (maximum, sums, gradient) and writes the gradient's packets where they belong: each logit
-// is read from global memory once. What does not fit (row_plan.h) is read again by each sweep,
-// from L2 if it is still there. Sums: 16 elements in fp32, compensated over a thread's share, fp64
-// from there on, always in the same order. Between the sweeps one warp of each block runs the fp64
-// scalar half of row_pass.h. Not here: threads and memory (row_group.h), launches.
+// The row is cut into packets of 16 bytes, block b of the group takes an equal run of them and
+// deals them out to its threads (row_slots.h). A thread copies its packets to the block's memory,
+// sweeps them there three times (maximum, sums, gradient) and writes the gradient's packets where
+// they belong: each logit is read from global memory once. What does not fit (row_plan.h) is read
+// again by each sweep, from L2 if it is still there. Sums: 16 elements in fp32, compensated over a
+// thread's share, fp64 from there on, always in the same order. Between the sweeps one warp of each
+// block runs the fp64 scalar half of row_pass.h. Not here: threads and memory (row_group.h),
+// launches.
 #pragma once
 
 #include "row_sums.h"
@@ -34,14 +35,20 @@ class RowAlgorithm : private RowSweeps<T, Group> {
       return fill_row(0.0f, RowStats{}, Coefs{});
     const bool wants_gap = task_.wants_gap || coefs.e != 0.0f;
     describe();
-    const bool is_general =
-        args_.bias || transform_.sign < 0.0f || transform_.inner != 0.0f || wants_gap;
-    cut_row(is_general);
+    bool is_general = args_.bias || transform_.sign < 0.0f || transform_.inner != 0.0f || wants_gap;
+    const T* const source = cut_row();
     if (g_.thread() == 0) {
       keep_scalars(weight, coefs);
-      g_.shared().is_general = is_general;
+      keep_place();
       g_.shared().wants_gap = wants_gap;
     }
+    if (is_general) {
+      this->template find_max<true>(source);
+    } else {
+      this->template find_max<false>(source);
+    }
+    is_general = is_general || !this->is_plain();
+    if (g_.thread() == 0) g_.shared().is_general = is_general;
     if (is_general) {
       this->template sum_row<true>();
     } else {
@@ -59,12 +66,12 @@ class RowAlgorithm : private RowSweeps<T, Group> {
 
  private:
   using Base = RowSweeps<T, Group>;
-  using Base::args_, Base::begin_, Base::count_, Base::g_, Base::held_, Base::kPackets, Base::kPer,
-      Base::offset_, Base::row_, Base::slots_, Base::task_, Base::transform_, Base::whole_;
-  using Base::class_weight, Base::cut_row, Base::describe, Base::end_slot, Base::head, Base::label,
-      Base::lane, Base::logits, Base::ordered, Base::packet_index, Base::packets,
-      Base::packets_of_block, Base::scale_all, Base::slope, Base::span, Base::temperature,
-      Base::warp, Base::warps, Base::widen_whole;
+  using Base::add_lanes, Base::begin, Base::class_weight, Base::cut_row, Base::describe,
+      Base::first_slot, Base::head, Base::keep_sums, Base::label, Base::lane, Base::logits,
+      Base::next, Base::ordered, Base::residual, Base::settle, Base::shift_step, Base::slope,
+      Base::span, Base::step, Base::temperature, Base::thread_of, Base::warp;
+  using Base::args_, Base::g_, Base::held_, Base::kEdges, Base::kEnd, Base::kLanes, Base::kPackets,
+      Base::kPer, Base::offset_, Base::row_, Base::task_, Base::transform_, Base::whole;
 
   // ---- per-row scalars ------------------------------------------------------------------------
   PYOFFLINE_HD static bool is_zero(const Coefs& c) {
@@ -94,21 +101,33 @@ class RowAlgorithm : private RowSweeps<T, Group> {
   // The scalar half, by the block's first warp. Each part leaves its results in shared memory, so
   // that none has to keep the others' registers.
   PYOFFLINE_HD void finish() {
-    double sums[kSums] = {0, 0, 0, 0, 0, 0};
-    for (int i = lane(); i < g_.blocks() * warps(); i += Group::kLanes) {
-      const double* slot = g_.peer(i / warps()).sums[i % warps()];
+    double sums[4] = {0, 0, 0, 0}, more[4] = {0, 0, 0, 0};
+    const bool is_general = g_.shared().is_general;
+    this->for_each_warp([&](const Shared& peer, int warp) {
 #pragma unroll
-      for (int k = 0; k < kSums; ++k) sums[k] += slot[k];
-    }
-    this->template add_lanes<true>(sums);
-    if (lane() == 0) keep_stats(sums);
+      for (int k = 0; k < 4; ++k) sums[k] += peer.sums[warp][k];
+      if (!is_general) return;
+#pragma unroll
+      for (int k = 4; k < kSums; ++k) more[k - 4] += peer.sums[warp][k];
+    });
+    double* const to = g_.shared().scalars.partial;
+    keep_sums(add_lanes(sums), 0, to);
+    if (is_general) keep_sums(add_lanes(more), 4, to);
+    g_.warp_sync();
+    if (lane() == 0) keep_stats();
     g_.warp_sync();
     if (lane() == 0) keep_coefs();
     g_.warp_sync();
     if (lane() == 0 && args_.dlogits) keep_gradient();
   }
 
-  PYOFFLINE_HD void keep_stats(const double* sums) const {
+  // 2^-residual of a plain row, by its series: the residual is below 2^-10.
+  PYOFFLINE_HD double without_residual() const {
+    const double x = kLn2 * residual();
+    return 1.0 - x * (1.0 - x * (0.5 - x * (1.0 / 6.0)));
+  }
+
+  PYOFFLINE_HD void keep_stats() const {
     RowScalars& keep = g_.shared().scalars;
     const double slope_of_row = slope(keep.temperature);
     const float label_bent = this->template bent<true>(keep.label_y);
@@ -117,12 +136,17 @@ class RowAlgorithm : private RowSweeps<T, Group> {
     row.m = slope_of_row * static_cast<double>(offset_);
     row.t_label = static_cast<float>(slope_of_row * static_cast<double>(label_bent - offset_));
     row.damp_label = transform_.inner != 0.0f ? 1.0f - label_bent * label_bent : 1.0f;
+    const double* const sums = keep.partial;
+    const bool is_general = g_.shared().is_general;
+    const double factor = is_general ? 1.0 : without_residual();
+    const double extra = is_general ? 0.0 : residual();
     row.ones = sums[0];
-    row.tail = sums[1];
-    row.s = kLn2 * sums[2];
-    row.tail_squares = sums[3];
-    row.sum_ut = kLn2 * sums[4];
-    keep.sum_u = args_.class_weight ? sums[5] : static_cast<double>(args_.vocab);
+    row.tail = factor * sums[1];
+    row.s = kLn2 * factor * (sums[2] - zero_safe(extra, sums[1]));
+    row.tail_squares = factor * factor * sums[3];
+    row.sum_ut = is_general ? kLn2 * sums[4] : 0.0;
+    const bool has_u = args_.class_weight && is_general;
+    keep.sum_u = has_u ? sums[5] : static_cast<double>(args_.vocab);
     keep.stats = finish_stats(row, args_.vocab, keep.sum_u);
   }
 
@@ -139,9 +163,15 @@ class RowAlgorithm : private RowSweeps<T, Group> {
     const double factor = scale * keep.weight * args_.grad_scale * args_.logit_scale /
                           static_cast<double>(keep.temperature);
     const double vocab = static_cast<double>(args_.vocab);
-    g_.shared().gradient =
-        gradient_constants(keep.coefs, keep.sums, keep.stats, factor, args_.vocab,
+    RowGradient& c = g_.shared().gradient;
+    c = gradient_constants(keep.coefs, keep.sums, keep.stats, factor, args_.vocab,
                            keep.sum_u / vocab, static_cast<double>(class_weight(label())));
+    const double from_pw = kLn2 * c.from_pt;
+    c.from_pt = static_cast<float>(from_pw);
+    if (g_.shared().is_general) return;
+    const double e_factor = without_residual();
+    c.from_p = static_cast<float>(e_factor * (c.from_p + zero_safe(from_pw, residual())));
+    c.from_pt = static_cast<float>(e_factor * from_pw);
   }
 
   PYOFFLINE_HD Coefs evaluate(TokenIn token, const RowStats& stats) const {
@@ -173,6 +203,15 @@ class RowAlgorithm : private RowSweeps<T, Group> {
     return static_cast<Out*>(args_.dlogits) + row_ * args_.dlogits_stride;
   }
 
+  // Where this block's gradient goes: one thread looks it up for all.
+  PYOFFLINE_HD void keep_place() const {
+    if (!args_.dlogits) return;
+    Out* const out = dlogits_row();
+    g_.shared().dlogits = out + begin();
+    g_.shared().is_aligned = reinterpret_cast<uintptr_t>(out + head()) % (kPer * sizeof(Out)) == 0;
+    g_.shared().label_thread = thread_of(label());
+  }
+
   PYOFFLINE_HD void write_gradient() {
     const RowGradient c = g_.shared().gradient;
     if (g_.shared().is_silent) return fill(0.0f);
@@ -185,53 +224,62 @@ class RowAlgorithm : private RowSweeps<T, Group> {
     } else {
       store_gradient<false, false>(c);
     }
+    if (g_.shared().label_thread == g_.thread()) narrow(c.at_label, dlogits_row() + label());
   }
 
   template <bool kGeneral, bool kSimple>
   PYOFFLINE_HD void store_gradient(const RowGradient& c) {
-    Out* out = dlogits_row();
-    const uintptr_t start = reinterpret_cast<uintptr_t>(out + head());
-    const bool is_aligned = start % (kPer * sizeof(Out)) == 0;
-    int slot = 0;
-    if (kSimple && is_aligned) {
-      Out* first = out + begin_;
+    const bool is_aligned = g_.shared().is_aligned;
+    int index = first_slot();
+    if (!kGeneral && is_aligned && (kSimple || c.from_u == 0.0f)) store_steps<kSimple>(c, &index);
+    Out* const out = dlogits_row();
 #pragma unroll 1
-      for (; slot < whole_; slot += kPackets) {
-        float dz[kStep];
-        widen_whole(slot, dz);
-        scale_all(dz);
-#pragma unroll
-        for (int i = 0; i < kStep; ++i) dz[i] = exp2_flushed(dz[i]) * c.from_p;
-#pragma unroll
-        for (int j = 0; j < kPackets; ++j)
-          store_aligned<kPer>(dz + j * kPer, first + int64_t{kPer} * packet_index(slot + j));
-      }
-    }
-#pragma unroll 1
-    for (; slot < end_slot(); ++slot) {
+    for (index = settle(index); index != kEnd; index = next(index)) {
       float dz[kPer];
-      this->template ordered_slot<kGeneral>(slot, dz);
+      this->template ordered_slot<kGeneral>(index, dz);
       int first, n;
-      span(slot, &first, &n);
+      span(index, &first, &n);
       full_gradient<kGeneral, kSimple>(c, first, n, dz);
       // narrower elements land on logits that other threads of this slot have yet to read
-      if (task_.is_narrowing && slot >= held_ && slot < slots_) g_.block_sync();
+      if (task_.is_narrowing && index >= held_ && index < kEdges) g_.block_sync();
       store_slot(dz, n, is_aligned, out + first);
     }
-    if (owns_label()) narrow(c.at_label, out + label());
+  }
+
+  template <bool kSimple>
+  PYOFFLINE_HD void store_steps(const RowGradient& c, int* index) const {
+    Out* to = static_cast<Out*>(g_.shared().dlogits) + int64_t{kPer} * *index;
+#pragma unroll 1
+    for (; *index < whole(); *index += step(), to += kPer * step()) {
+      float dz[kStep];
+      shift_step(*index, dz);
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) dz[i] = weighed<kSimple>(c, dz[i]);
+      store_aligned<kPer>(dz, to);
+      store_aligned<kPer, kLanes * kPer>(dz + kPer, to);
+      if constexpr (kPackets == 4) {
+        store_aligned<kPer, 2 * kLanes * kPer>(dz + 2 * kPer, to);
+        store_aligned<kPer, 3 * kLanes * kPer>(dz + 3 * kPer, to);
+      }
+    }
   }
 
   // Any coefficients: a product with p_v = 0 is 0 by selection, also where a coefficient is inf.
+  template <bool kSimple>
+  PYOFFLINE_HD static float weighed(const RowGradient& c, float w) {
+    const float e = exp2_flushed(w);
+    if (kSimple) return e * c.from_p;
+    float value = c.from_p;
+    if (c.from_pt != 0.0f) value = fmaf(-c.from_pt, fmaxf(w, kLowestW), value);
+    return e != 0.0f ? e * value : 0.0f;
+  }
+
   template <bool kGeneral, bool kSimple>
   PYOFFLINE_HD void full_gradient(const RowGradient& c, int first, int n, float* dz) const {
-    const float from_pw = static_cast<float>(kLn2 * c.from_pt);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const float bend = this->template bent<kGeneral>(dz[i]);
-      const float w = (bend - offset_) * transform_.k, e = exp2_flushed(w);
-      float value = c.from_p;
-      if (!kSimple && from_pw != 0.0f) value = fmaf(-from_pw, fmaxf(w, kLowestW), value);
-      value = kSimple || e != 0.0f ? e * value : 0.0f;
+      float value = weighed<kSimple>(c, this->template shift<kGeneral>(bend));
       if (!kSimple && c.from_u != 0.0f && i < n) {
         const float u = class_weight(first + i);
         value -= u == 0.0f ? 0.0f : c.from_u * u;
@@ -253,14 +301,6 @@ class RowAlgorithm : private RowSweeps<T, Group> {
     for (int i = 0; i < kPer; ++i) {
       if (i < n) narrow(dz[i], out + i);
     }
-  }
-
-  // Whether this thread wrote the label's element (and may now write it again).
-  PYOFFLINE_HD bool owns_label() const {
-    const int past = label() - head(), run = packets_of_block();
-    if (past < 0 || past >= packets() * kPer) return g_.block() == 0 && g_.thread() == 0;
-    const int packet = past / kPer;
-    return packet / run == g_.block() && packet % run % g_.threads() == g_.thread();
   }
 
   // ---- rows without a sweep -------------------------------------------------------------------

@@ -3,7 +3,8 @@
 // A Group is one to eight blocks (a cluster) of equal size, each with memory of its own that the
 // others can read. csrc/cuda/cuda_group.h implements it with hardware clusters, tests/cuda_host
 // with threads and barriers on the CPU:
-//   kLanes                              threads of a warp, a power of two
+//   kLanes                              threads of a warp, a power of two from 4 on
+//   kMostBlocks                         blocks() at most
 //   thread() threads() block() blocks() rank and size in the block, rank and number of blocks
 //   shuffle_xor(x, mask)                x (float or double) of the lane whose number is lane ^ mask
 //   warp_sync()                         barrier of this thread's warp
@@ -13,8 +14,8 @@
 //                                       reads its peers' memory; orders no writes
 //   shared() peer(b)                    this block's Shared, and block b's (read only)
 //   packets()                           this block's row memory
-//   copy(to, from) commit()             16 bytes into the row memory, asynchronously, in groups;
-//   wait_copies<n>()                    all but the last n groups of this thread have arrived
+//   copy<k>(to, from)                   packet k after `from` into packet k after `to`, some time
+//   wait_copies()                       until this thread's copies have arrived
 //   publish(to, x)                      to[1] = x, then to[0] = 1, for the CPU to see
 // Not here: what is computed (row_algorithm.h), how much memory there is (row_plan.h).
 #pragma once
@@ -32,6 +33,7 @@ constexpr int kSums = 6;       // ones, tail, s, squares, ut, u
 
 // What the scalar half reads of a row: kept in memory, not in every thread's registers.
 struct RowScalars {
+  double partial[kSums];  // sums over the cluster, as they were summed
   TokenIn token;
   Coefs coefs;
   float weight, temperature, label_y;
@@ -46,10 +48,13 @@ struct Shared {
   Packet edges[2];  // the elements before the first and after the last whole packet of the row
   double sums[kMaxWarps][kSums];
   float max[kMaxWarps];
-  RowScalars scalars;  // of thread 0, for its warp
-  RowGradient gradient;
-  bool is_silent;   // every coefficient is 0
-  bool is_general;  // the row has a bias, a sign, a softcap, or needs the gap
+  RowScalars scalars;    // of thread 0, for its warp
+  RowGradient gradient;  // of what the sweep forms: from_pt of w, not of t
+  void* dlogits;         // where this block's first packet goes
+  int label_thread;      // the thread that stores the label's element, -1: not of this block
+  bool is_aligned;       // dlogits takes whole packets
+  bool is_silent;        // every coefficient is 0
+  bool is_general;       // row_sums.h
   bool wants_gap;
   bool has_edges;  // of thread 0, for itself
 };

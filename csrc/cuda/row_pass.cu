@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(1024, 1)
     row_kernel(const __grid_constant__ RowTask task, int64_t first_row) {
   extern __shared__ __align__(16) char memory[];
   CudaGroup group(memory);
-  const int64_t row = first_row + blockIdx.x / static_cast<unsigned>(group.blocks());
+  const int n = group.blocks(), log2_n = (n >> 1) - (n >> 3);  // 1, 2, 4 or 8
+  const int64_t row = first_row + (blockIdx.x >> log2_n);
   RowAlgorithm<T, Out, CudaGroup>(group, task, row).run();
 }
 

@@ -23,11 +23,12 @@ struct RowPlan {
 };
 
 constexpr int64_t kFourPerSm = 56 << 10;  // 227 KiB / 4, less what the driver keeps of each block
-constexpr int64_t kTwoPerSm = 112 << 10;
+constexpr int64_t kReserved = 1 << 10;    // by the driver, for each block
 
-inline int threads_for(int64_t packets, int64_t shared_bytes, int64_t per_step) {
-  if (shared_bytes > kTwoPerSm) return 1024;
-  if (shared_bytes > kFourPerSm) return 512;
+// 256 threads where a multiprocessor holds two blocks at least: 16 warps, and a long share for each
+// thread, which pays for what it does once a row.
+inline int threads_for(int64_t packets, int64_t shared_bytes, int64_t per_step, int64_t most) {
+  if (2 * shared_bytes + kReserved > most) return 1024;
   const int64_t wanted = (packets + per_step - 1) / per_step;
   return static_cast<int>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 64, 256));
 }
@@ -42,7 +43,8 @@ inline RowPlan plan_row(int64_t vocab, int64_t item_size, const DeviceLimits& li
   while (blocks < most && bytes_of(blocks) > kFourPerSm) blocks *= 2;
   if (bytes_of(blocks) <= limits.shared_bytes) {
     const int64_t capacity = (packets + blocks - 1) / blocks, bytes = bytes_of(blocks);
-    return {blocks, threads_for(capacity, bytes, per_step), capacity, bytes, true};
+    return {blocks, threads_for(capacity, bytes, per_step, limits.shared_bytes), capacity, bytes,
+            true};
   }
   const int64_t step = 1024 * per_step;
   const int64_t capacity = (limits.shared_bytes - fixed) / 16 / step * step;

@@ -8,7 +8,6 @@
 
 #include <atomic>
 #include <barrier>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -50,7 +49,7 @@ struct HostCluster {
 template <int kWarp>
 class HostGroup {
  public:
-  static constexpr int kLanes = kWarp;
+  static constexpr int kLanes = kWarp, kMostBlocks = kMaxBlocks;
 
   HostGroup(HostCluster& cluster, int block, int thread)
       : cluster_(cluster), own_(*cluster.block[block]), block_(block), thread_(thread) {}
@@ -80,14 +79,13 @@ class HostGroup {
   const Shared& peer(int b) const { return cluster_.block[b]->shared; }
   Packet* packets() const { return own_.packets.data(); }
 
-  void copy(Packet* to, const void* from) { open_.emplace_back(to, from); }
-  void commit() { groups_.push_back(std::move(open_)), open_.clear(); }
-  template <int kLast>
+  template <int kPacket>
+  void copy(Packet* to, const void* from) {
+    open_.emplace_back(to + kPacket, static_cast<const Packet*>(from) + kPacket);
+  }
   void wait_copies() {
-    while (groups_.size() > kLast) {
-      for (const auto& [to, from] : groups_.front()) *to = load_packet(from);
-      groups_.pop_front();
-    }
+    for (const auto& [to, from] : open_) *to = load_packet(from);
+    open_.clear();
   }
   void publish(int64_t* to, int64_t value) {
     std::atomic<int64_t>* words = reinterpret_cast<std::atomic<int64_t>*>(to);
@@ -102,7 +100,6 @@ class HostGroup {
   const int block_, thread_;
   std::unique_ptr<Token> token_;
   std::vector<std::pair<Packet*, const void*>> open_;
-  std::deque<std::vector<std::pair<Packet*, const void*>>> groups_;
 };
 
 }  // namespace gpu

@@ -234,7 +234,8 @@ class Access:
         """The same place in another block of the cluster."""
         value = self.operand(one.operands[1], "u64")
         rank = np.asarray(self.operand(one.operands[2], "u32")).astype(np.int64)
-        if np.any(rank >= self.cluster):
+        asked = np.broadcast_to(rank, self.threads)
+        if np.any((asked if mask is None else asked[mask]) >= self.cluster):
             raise MemoryFault("mapa of a block that the cluster has not")
         step = (rank - self.rank_of) * WINDOW
         self.assign(one.operands[0], "u64", value + step.astype(np.uint64), mask)

@@ -116,6 +116,7 @@ FLOATS = {
     "min": np.fmin, "max": np.fmax, "neg": np.negative, "abs": np.abs,
     "copysign": lambda a, b: np.copysign(b, a),
 }  # fmt: skip
+PROPAGATING = {"min": np.minimum, "max": np.maximum}  # .NaN
 INTEGERS = {
     "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
     "or": np.bitwise_or, "xor": np.bitwise_xor, "neg": np.negative, "abs": np.abs,
@@ -245,7 +246,7 @@ def _float_operation(name, parts, kind):
         return _div_full, (kind, kind)
     f = FLOATS[name]
     if "NaN" in parts:
-        f = {"min": np.minimum, "max": np.maximum}[name]
+        f = PROPAGATING[name]
     return f, (kind,) * f.nin if isinstance(f, np.ufunc) else (kind, kind)
 
 
@@ -292,7 +293,7 @@ def operation(parts):
     """(function, types of the sources, type of the result) of an arithmetic opcode."""
     name, kind = parts[0], parts[-1]
     if kind in ("bf16x2", "f16x2"):
-        f = FLOATS[name]
+        f = PROPAGATING[name] if "NaN" in parts else FLOATS[name]
         return _pair(f, kind), (kind,) * f.nin, kind
     if kind in ("bf16", "f16"):
         raise NotImplementedError(".".join(parts))
