@@ -11,6 +11,7 @@ ROW_PASS, PROMISES = (
     EMULATED + "[90-test_gpu_numbers.py-n4 or n5 or n6 or (n10 and bfloat16) or masked or custom]",
 )
 SCORING = EMULATED + "[90-emulated/test_score.py-]"
+BARRIERS = "tests/test_emulated_barriers.py::test_no_barrier_can_be_left_out"
 TABLE = "tests/test_triton_compile.py::test_the_table_is_of_the_kernels_as_they_are"
 
 KERNELS = (
@@ -69,5 +70,21 @@ KERNELS = (
         "LANES, WARPS = 1024, 16",
         "LANES, WARPS = 1024, 8",
         TABLE,
+    ),
+    one(
+        152,
+        "cuda: a block may end before its peers have read its sums",
+        "csrc/cuda/row_algorithm.h",
+        "    g_.wait();  // a block's slots live until every peer has read them\n",
+        "",
+        BARRIERS + "[sm_90a-40000-dtype0-grad0-None-idle0]",
+    ),
+    one(
+        153,
+        "cuda: a row is read before its copies have arrived",
+        "csrc/cuda/row_slots.h",
+        "    g_.wait_copies();\n",
+        "",
+        BARRIERS + "[sm_80-3000-dtype2-grad2-None-idle2]",
     ),
 )
