@@ -9,16 +9,16 @@ tensor cores add, AMD's chips, Blackwell's tensor memory.
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from emulator.triton_driver import COMPILER
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not shutil.which("cc") or sys.platform != "linux",
+    importlib.util.find_spec("triton") is None or not COMPILER or sys.platform != "linux",
     reason="not run: needs triton, Linux and a C compiler",
 )
 KERNELS = "n4 or n6 or (n10 and bfloat16) or masked"

@@ -7,15 +7,14 @@ Not here: what the kernels compute (test_triton.py in the interpreter, test_gpu_
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from emulator.triton_driver import COMPILER, build_stub
 
 ROOT = Path(__file__).parents[1]
-COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or not COMPILER or sys.platform != "linux",
     reason="not run: needs triton, Linux and a C compiler",
@@ -26,12 +25,7 @@ pytestmark = pytest.mark.skipif(
 def launched(tmp_path_factory):
     """{case: launches, shape of the last one, variants of the row pass that it compiled}"""
     folder = tmp_path_factory.mktemp("driver")
-    triton = Path(importlib.util.find_spec("triton").origin).parent
-    include = triton / "backends/nvidia/include"
-    stub, library = ROOT / "tests/cpp/driver_stub.c", folder / "libcuda.so.1"
-    flags = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libcuda.so.1"]
-    subprocess.run([COMPILER, *flags, f"-I{include}", str(stub), "-o", str(library)], check=True)
-    (folder / "libcuda.so").symlink_to(library.name)
+    build_stub(folder)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")}
     command = [sys.executable, str(ROOT / "tests/triton_launch.py"), str(folder)]

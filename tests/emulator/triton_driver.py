@@ -24,6 +24,7 @@ from emulator.parse import Kernel, parse_module
 from emulator.threads import Counts
 
 TESTS = Path(__file__).parents[1]
+COMPILER = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
 ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_long,
@@ -61,10 +62,9 @@ def build_stub(folder: Path) -> Path:
 
     include = Path(triton.__file__).parent / "backends/nvidia/include"
     library = folder / "libcuda.so.1"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     flags = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libcuda.so.1"]
     source = TESTS / "cpp/driver_stub.c"
-    subprocess.run([compiler, *flags, f"-I{include}", str(source), "-o", str(library)], check=True)
+    subprocess.run([COMPILER, *flags, f"-I{include}", str(source), "-o", str(library)], check=True)
     (folder / "libcuda.so").symlink_to(library.name)
     return library
 
