@@ -1,7 +1,7 @@
 // 16 bytes of a row of logits as fp32 values, and back. Only here are dtypes and intrinsics known.
 //
 // Every function has a device text and a host text of the same meaning; tests/cuda_host runs the
-// host one. NaN: widen keeps it, packet_max passes it over (the sums carry it), narrow keeps it.
+// host one. NaN: widen keeps it, maxima pass it over (the sums carry it), narrow keeps it.
 #pragma once
 
 #include <float.h>
@@ -133,96 +133,65 @@ PYOFFLINE_HD inline uint32_t narrow_pair(float low, float high, f16) {
 #endif
 }
 
-PYOFFLINE_HD inline float larger(float a, float b) { return a > b ? a : b; }  // b where a is NaN
-
-#ifndef __CUDA_ARCH__
+#ifdef __CUDACC__
 template <class T>
-inline uint32_t larger_halves(uint32_t best, uint32_t next) {
+struct Pair;
+template <>
+struct Pair<bf16> {
+  using type = __nv_bfloat162;
+};
+template <>
+struct Pair<f16> {
+  using type = __half2;
+};
+#endif
+
+// Element by element the larger one of two words, the other one where one is NaN.
+template <class T>
+PYOFFLINE_HD inline uint32_t larger_pair(uint32_t first, uint32_t second, T) {
+#ifdef __CUDA_ARCH__
+  typename Pair<T>::type a, b;
+  memcpy(&a, &first, 4);
+  memcpy(&b, &second, 4);
+  a = __hmax2(a, b);
+  memcpy(&first, &a, 4);
+  return first;
+#else
   uint32_t out = 0;
   for (int shift = 0; shift < 32; shift += 16) {
-    const uint16_t a = static_cast<uint16_t>(best >> shift);
-    const uint16_t b = static_cast<uint16_t>(next >> shift);
-    out |= static_cast<uint32_t>(widen(T{b}) > widen(T{a}) ? b : a) << shift;
+    const uint16_t a = static_cast<uint16_t>(first >> shift);
+    const uint16_t b = static_cast<uint16_t>(second >> shift);
+    const float at = widen(T{a});
+    out |= static_cast<uint32_t>(at != at || widen(T{b}) > at ? b : a) << shift;
   }
   return out;
-}
-#endif
-
-// The largest element, -inf if all are NaN.
-PYOFFLINE_HD inline float packet_max(const Packet& packet, float) {
-  float best = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) best = fmaxf(best, float_bits(packet.words[i]));
-  return best;
-}
-PYOFFLINE_HD inline float packet_max(const Packet& packet, bf16 tag) {
-#ifdef __CUDA_ARCH__
-  (void)tag;
-  __nv_bfloat162 pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) memcpy(pairs + i, packet.words + i, 4);
-  const __nv_bfloat162 best =
-      __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));  // drops NaN
-  return fmaxf(-INFINITY, fmaxf(__low2float(best), __high2float(best)));
-#else
-  float values[8], best = -INFINITY;
-  widen_packet(packet, tag, values);
-  for (float x : values) best = larger(x, best);
-  return best;
 #endif
 }
-PYOFFLINE_HD inline float packet_max(const Packet& packet, f16 tag) {
-#ifdef __CUDA_ARCH__
-  (void)tag;
-  __half2 pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) memcpy(pairs + i, packet.words + i, 4);
-  const __half2 best = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
-  return fmaxf(-INFINITY, fmaxf(__low2float(best), __high2float(best)));
-#else
-  float values[8], best = -INFINITY;
-  widen_packet(packet, tag, values);
-  for (float x : values) best = larger(x, best);
-  return best;
-#endif
+PYOFFLINE_HD inline uint32_t larger_pair(uint32_t first, uint32_t second, float) {
+  const float best = fmaxf(float_bits(first), float_bits(second));
+  memcpy(&first, &best, 4);
+  return first;
 }
 
-// Element by element the larger one, `best` where `next` is NaN; `best` is not.
-PYOFFLINE_HD inline void raise_packet(Packet* best, const Packet& next, float) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float x = fmaxf(float_bits(best->words[i]), float_bits(next.words[i]));
-    memcpy(best->words + i, &x, 4);
-  }
-}
-PYOFFLINE_HD inline uint32_t larger_pair(uint32_t best, uint32_t next, bf16) {
-#ifdef __CUDA_ARCH__
-  __nv_bfloat162 a, b;
-  memcpy(&a, &best, 4);
-  memcpy(&b, &next, 4);
-  a = __hmax2(a, b);
-  memcpy(&best, &a, 4);
-  return best;
-#else
-  return larger_halves<bf16>(best, next);
-#endif
-}
-PYOFFLINE_HD inline uint32_t larger_pair(uint32_t best, uint32_t next, f16) {
-#ifdef __CUDA_ARCH__
-  __half2 a, b;
-  memcpy(&a, &best, 4);
-  memcpy(&b, &next, 4);
-  a = __hmax2(a, b);
-  memcpy(&best, &a, 4);
-  return best;
-#else
-  return larger_halves<f16>(best, next);
-#endif
-}
+// Element by element the larger one.
 template <class T>
 PYOFFLINE_HD inline void raise_packet(Packet* best, const Packet& next, T tag) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) best->words[i] = larger_pair(best->words[i], next.words[i], tag);
+}
+
+// The largest element, -inf if all are NaN.
+template <class T>
+PYOFFLINE_HD inline float packet_max(const Packet& packet, T tag) {
+  const uint32_t* w = packet.words;
+  const Packet best = {
+      {larger_pair(larger_pair(w[0], w[1], tag), larger_pair(w[2], w[3], tag), tag)}};
+  constexpr int kInWord = 4 / static_cast<int>(sizeof(T));
+  float values[Elements<T>::kPer], top = -INFINITY;
+  widen_packet(best, tag, values);
+#pragma unroll
+  for (int i = 0; i < kInWord; ++i) top = fmaxf(top, values[i]);
+  return top;
 }
 
 // 2^w for w <= 1; a result below FLT_MIN is 0, NaN stays NaN. Relative error below 2^-22.
