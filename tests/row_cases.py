@@ -8,7 +8,9 @@ import torch
 from compare import check_forward, check_gradient, check_loss
 
 import pyoffline as po
-from pyoffline.calls import Rows
+from pyoffline import _C
+from pyoffline.calls import RowOutputs, Rows
+from pyoffline.cpu import row_arguments
 
 NAMES = ("loss", "logps", "entropy", "lse", "log_sum_p2", "is_top1", "gap", "coefs")
 
@@ -34,6 +36,19 @@ def random_rows(n, vocab, objective, seed=0, **options):
         extras={k: torch.rand(n, generator=g) for k in program.gates},
         codes=program.codes, hyper=program.hyper, **options,
     )  # fmt: skip
+
+
+def swept(logits, rows, dlogits=None):
+    """Outputs of `_C.row_pass` by name; the gradient goes into dlogits. Without a program the loss
+    and the coefficients stay NaN."""
+    out = outputs(logits.shape[0])
+    named = RowOutputs(**{k: x for k, x in out.items() if k != "coefs"}, coefs=None)
+    program = {"codes": rows.codes, "hyper": rows.hyper, "loss": out["loss"]} if rows.codes else {}
+    _C.row_pass(
+        logits, rows.labels, **row_arguments(rows, named), **program, gap=out["gap"],
+        dlogits=dlogits, coefs_out=out["coefs"] if rows.codes else None,
+    )  # fmt: skip
+    return out
 
 
 def compare(batch, objective, backend="triton", chunk=None, upstream=1.0, run=batches.run, **head):

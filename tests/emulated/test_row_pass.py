@@ -12,13 +12,10 @@ import pytest
 import torch
 from emulator.barriers import survivors
 from emulator.triton_driver import LAUNCHES
-from row_cases import outputs, random_rows
+from row_cases import outputs, random_rows, swept
 from test_objectives import CASES
 
 import pyoffline as po
-from pyoffline import _C
-from pyoffline.calls import RowOutputs
-from pyoffline.cpu import row_arguments
 from pyoffline.gpu_rows import float32_rows
 from pyoffline.kernels import row_pass as kernel
 
@@ -28,22 +25,11 @@ COMPOSED = CASES["composed"]
 MOST_INSTRUCTIONS = {BF16: 26, FP32: 27.5}
 
 
-def launched(logits, dlogits, rows):
+def launched(logits, rows, dlogits):
     """Outputs by name."""
     out, flag = outputs(logits.shape[0]), torch.zeros(2, dtype=torch.int64)
     kernel.row_pass(logits, dlogits, rows, tuple(out.values()), flag)
     assert not flag.any()
-    return out
-
-
-def swept(logits, dlogits, rows):
-    """The same by `_C.row_pass`."""
-    out = outputs(logits.shape[0])
-    named = RowOutputs(**{k: x for k, x in out.items() if k != "coefs"}, coefs=None)
-    _C.row_pass(
-        logits, rows.labels, **row_arguments(rows, named), codes=rows.codes, hyper=rows.hyper,
-        loss=out["loss"], gap=out["gap"], dlogits=dlogits, coefs_out=out["coefs"],
-    )  # fmt: skip
     return out
 
 
@@ -66,7 +52,7 @@ def compare(logits, grad, rows, in_place=True):
         given.copy_(logits)
         place = memory if in_place else torch.full_like(memory, math.nan)
         dlogits = place.view(grad)[:, :vocab]
-        results.append((run(given, dlogits, rows), dlogits))
+        results.append((run(given, rows, dlogits), dlogits))
         assert place[:, vocab:].isnan().all(), "what lies between rows is not written"
     (got, dlogits), (want, expected) = results
     for name, x in want.items():
@@ -115,7 +101,7 @@ def test_infinite_constants_leave_entries_without_probability_alone():
     rows.old[:] = -1e4
     rows.adv[:] = 1.0
     got = torch.full((2, 300), math.nan)
-    launched(logits, got, rows)
+    launched(logits, rows, got)
     assert (got[:, 7] == 0).all() and not got.isnan().any() and got[:, 5].isinf().all()
 
 
@@ -125,7 +111,7 @@ def test_what_a_logit_costs(dtype):
     seen = []
     for vocab in (32_768, 65_536):
         logits, rows = case(1, vocab, dtype, COMPOSED)
-        launched(logits, logits, rows)
+        launched(logits, rows, logits)
         seen.append(LAUNCHES[-1].counts)
     few, many = seen
     per_logit = {k: (many.by_opcode[k] - few.by_opcode[k]) / 32_768 for k in many.by_opcode}
@@ -143,11 +129,11 @@ def test_a_barrier_that_is_left_out_is_found(dtype, grad, idle):
     """A narrower gradient overwrites logits of its own tile in the first tile only."""
     logits, rows = case(1, 20_000, dtype, po.PPOClip())
     want = logits.clone()
-    launched(want, want.view(grad)[:, :20_000], rows)
+    launched(want, rows, want.view(grad)[:, :20_000])
 
     def run():
         got = logits.clone()
-        launched(got, got.view(grad)[:, :20_000], rows)
+        launched(got, rows, got.view(grad)[:, :20_000])
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
     assert len(survivors(LAUNCHES[-1].kernel, run)) == idle

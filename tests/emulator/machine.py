@@ -153,8 +153,8 @@ class Machine(Threads):
         for block in np.flatnonzero(ended):
             last = leaving & (self.block_of == block)
             clock = tuple(v[:1] for v in self.clock_of(last if last.any() else None))
-            at = np.arange(block, block + 1) * (self.shared.stride // GRANULE)
-            at = at + np.arange(self.shared.stride // GRANULE)
+            granules = self.shared.stride // GRANULE
+            at = np.arange(block * granules, (block + 1) * granules)
             if trace.ends(at, clock).any():
                 raise MemoryFault("a block ends before another has read its shared memory for sure")
 
