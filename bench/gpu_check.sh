@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in one command and about eight minutes: build, GPU tests, benches, compute-sanitizer.
+# Everything that only a GPU can tell, in one command and under nine minutes: build, GPU tests, benches, compute-sanitizer.
 # Usage: bash bench/gpu_check.sh [--dry-run] [STAGE...]. No STAGE means all of them; --dry-run prints the commands.
 #
 # $OUT (default build/gpu_check) gets a folder named after the GPU with the JSON of the benches, summary.txt, and logs.tar.gz with
@@ -75,6 +75,8 @@ bench wide 30 --op linear_policy_loss --shape 8192,4096,151936 8192,896,151936 -
 stage huge 25 "${pytest[@]}" -rs -k "n13 or N13" "${files[@]}"
 # The same with the GEMM's epilogue in place of the row pass (kernels/epilogue_rows.py).
 PYOFFLINE_TRITON_EPILOGUE=1 bench epilogue 20 --op linear_policy_loss --rounds 5 --no-peers --no-memory --budget
+# Which tile SCORE_TILES should name: most of it is compilation.
+stage tiles 45 "$PYTHON" bench/gpu_score_tiles.py --json "$OUT/tiles.json"
 bench peers 45 --op linear_cross_entropy --rounds 3 --no-memory --budget
 
 [ "$dry" ] && exit 0

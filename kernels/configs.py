@@ -133,7 +133,9 @@ def bytes_per_logit(vocab: int, itemsize: int, sms: int, l2_nbytes: int, warp_si
 class ScoreConfig:
     """Tile of the scoring product, rows x vocabulary x hidden. `tma`: operands come through tensor
     descriptors; `parts`: a tile's columns are folded in so many parts, for fewer registers;
-    `group_n` row tiles go through the vocabulary together, a program through `span` entries of it.
+    `group_n` row tiles go through the vocabulary together, a program through `span` entries of it;
+    `lanes`: threads that hold a row of a product on tensor cores, each two of 2 * lanes columns;
+    `ptx`: the chip is NVIDIA's.
     """
 
     block_n: int
@@ -146,7 +148,8 @@ class ScoreConfig:
     precision: str = "ieee"
     group_n: int = 16
     span: int = 1024
-    signed_warps: int | None = None  # warps where rows have temperatures, if not the same
+    lanes: int = 1
+    ptx: bool = True
 
 
 # On sm_90 and later a tile without descriptors has one stage: with more, and cp.async, Triton 3.7.0
@@ -156,38 +159,43 @@ class ScoreConfig:
 # by tests/triton_table.json, and by Triton 3.9 too for 16-bit rows of NVIDIA's. No tile is measured
 # yet. fp32 products without tensor cores.
 SCORE_TILES = {
-    ("sm_100", 2, True): ScoreConfig(128, 256, 64, 8, 3, parts=8, tma=True),
-    ("sm_100", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
-    ("sm_90", 2, True): ScoreConfig(128, 256, 64, 8, 3, parts=8, tma=True),
-    ("sm_90", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
-    ("sm_80", 2, True): ScoreConfig(128, 128, 64, 8, 3, parts=8),
+    ("sm_100", 2, True): ScoreConfig(128, 256, 64, 8, 3, parts=4, tma=True),
+    ("sm_100", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=2, tma=True),
+    ("sm_90", 2, True): ScoreConfig(128, 256, 64, 8, 3, parts=2, tma=True, lanes=4),
+    ("sm_90", 2, False): ScoreConfig(128, 128, 64, 8, 3, tma=True, lanes=4),
+    ("sm_80", 2, True): ScoreConfig(128, 128, 64, 8, 3, lanes=16),
     ("sm_80", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=8),
     ("unaligned", 2, True): ScoreConfig(64, 128, 32, 8, 1, parts=8),
     ("unaligned", 2, False): ScoreConfig(64, 128, 32, 8, 1, parts=8),
     ("nvidia", 4, True): ScoreConfig(64, 128, 16, 8, 3, parts=4),
-    ("nvidia", 4, False): ScoreConfig(64, 128, 16, 8, 3, parts=4),
-    ("amd", 2, True): ScoreConfig(128, 128, 64, 8, 2),
-    ("amd", 2, False): ScoreConfig(128, 128, 64, 8, 2, parts=2),
-    ("amd", 4, True): ScoreConfig(128, 128, 32, 8, 2, parts=2),
-    ("amd", 4, False): ScoreConfig(128, 128, 32, 8, 2, parts=8),
+    ("nvidia", 4, False): ScoreConfig(64, 128, 16, 8, 2, parts=8),
+    ("amd", 2, True): ScoreConfig(128, 128, 64, 8, 2, ptx=False),
+    ("amd", 2, False): ScoreConfig(128, 128, 64, 8, 2, parts=2, ptx=False),
+    ("amd", 4, True): ScoreConfig(128, 128, 32, 8, 2, parts=2, ptx=False),
+    ("amd", 4, False): ScoreConfig(128, 128, 32, 8, 2, parts=8, ptx=False),
 }
-# The same product when its epilogue stores a tile too (`epilogue_rows.py`): bf16, no softcap. On
-# sm_90 two programs fit a multiprocessor, so that one folds while the other multiplies; with
-# temperatures of rows one of twice the warps, since Triton 3.6 spilled 48 bytes.
+# The same product when its epilogue stores a tile too (`epilogue_rows.py`): bf16, no softcap.
+# (family, whether rows have no temperatures) -> a tile. On sm_90 two programs fit a multiprocessor,
+# so that one folds while the other multiplies; with temperatures one of twice the warps.
 EPILOGUE_TILES = {
-    "sm_100": ScoreConfig(128, 128, 64, 8, 3, parts=8, tma=True),
-    "sm_90": ScoreConfig(128, 128, 64, 4, 3, parts=8, tma=True, signed_warps=8),
-    "sm_80": ScoreConfig(128, 128, 64, 8, 3, parts=8),
-    "unaligned": ScoreConfig(64, 128, 32, 8, 1, parts=8),
-    "amd": ScoreConfig(128, 128, 64, 8, 2, parts=4),
+    ("sm_100", True): ScoreConfig(128, 128, 64, 8, 3, parts=2, tma=True),
+    ("sm_100", False): ScoreConfig(128, 128, 64, 8, 3, parts=2, tma=True),
+    ("sm_90", True): ScoreConfig(128, 128, 64, 4, 3, parts=2, tma=True, lanes=4),
+    ("sm_90", False): ScoreConfig(128, 128, 64, 8, 3, tma=True, lanes=4),
+    ("sm_80", True): ScoreConfig(128, 128, 64, 8, 3, parts=2, lanes=16),
+    ("sm_80", False): ScoreConfig(128, 128, 64, 8, 3, parts=8),
+    ("unaligned", True): ScoreConfig(64, 128, 32, 8, 1, parts=8),
+    ("unaligned", False): ScoreConfig(64, 128, 32, 8, 1, parts=8),
+    ("amd", True): ScoreConfig(128, 128, 64, 8, 2, parts=4, ptx=False),
+    ("amd", False): ScoreConfig(128, 128, 64, 8, 2, parts=4, ptx=False),
 }
 # fp32 products where torch's are TF32, on NVIDIA's chips.
 TF32_TILES = {
-    "sm_90": ScoreConfig(128, 128, 32, 8, 3, parts=8, tma=True, precision="tf32"),
+    "sm_90": ScoreConfig(128, 128, 32, 8, 3, parts=4, tma=True, precision="tf32", lanes=4),
     "sm_80": ScoreConfig(64, 128, 16, 8, 3, parts=4, precision="tf32"),
     "unaligned": ScoreConfig(64, 128, 16, 8, 1, parts=4, precision="tf32"),
 }
-INTERPRETER_TILE = ScoreConfig(16, 16, 16, 4, 2, span=32)
+INTERPRETER_TILE = ScoreConfig(16, 16, 16, 4, 2, span=32, lanes=2, ptx=False)
 
 
 def score_family(major: int | None, itemsize: int, unit: int) -> str:
@@ -241,11 +249,11 @@ def multiplies_in_tf32() -> bool:
         return flags.fp32_precision == "tf32"
 
 
-def epilogue_config(hidden: torch.Tensor, unit: int) -> ScoreConfig:
+def epilogue_config(hidden: torch.Tensor, unit: int, plain: bool) -> ScoreConfig:
     """The tile of a product whose epilogue stores."""
-    return (
-        INTERPRETER_TILE if hidden.device.type == "cpu" else EPILOGUE_TILES[_family(hidden, unit)]
-    )
+    if hidden.device.type == "cpu":
+        return INTERPRETER_TILE
+    return EPILOGUE_TILES[_family(hidden, unit), plain]
 
 
 @cache

@@ -19,14 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pyoffline.kernels.configs import FMA, ROW_UNIT, epilogue_config
-from pyoffline.kernels.launch import alignment, device_of
+from pyoffline.kernels.configs import FMA, ROW_UNIT
+from pyoffline.kernels.launch import device_of
 from pyoffline.kernels.row_finish import load_or, row_transform
 from pyoffline.kernels.score_rows import Scoring
 from pyoffline.objectives import TABLE
 from pyoffline.program import CUSTOM_CODE
 
 OFFSET_LANES = 1024
+MOST_ENTRIES = (1 << 24) - ROW_UNIT  # of V: the 128 rows of a stored tile lie within 2^31 elements
 # Terms that reach the logits otherwise than through logp and lse.
 _OTHERS = {TABLE["entropy_term"].code, TABLE["smoothing"].code, CUSTOM_CODE}
 
@@ -68,6 +69,7 @@ def serves(call) -> bool:
         and call.adapter_weight is None
         and rows.coefs is None
         and not _OTHERS & set(rows.codes[0::3])
+        and call.weight.shape[0] <= MOST_ENTRIES
     )
 
 
@@ -82,8 +84,7 @@ def epilogue_rows(hidden, weight, rows, outputs, flag, exps, config=None):
         for dtype in (torch.float32, torch.float32, torch.float32, torch.int32)
     )
     with device_of(hidden):
-        config = config or epilogue_config(hidden, alignment(hidden, weight))
-        block = Scoring(hidden, weight, rows, outputs, flag, exps.dtype, config)
+        block = Scoring(hidden, weight, rows, outputs, flag, exps.dtype, config, stores=True)
         label_logits_kernel[(count,)](
             hidden, weight, hidden.stride(0), weight.stride(0), weight.shape[0], dim, rows.labels,
             rows.ignore_index, rows.weights, rows.bias, rows.temperature, block.scalars, offset,

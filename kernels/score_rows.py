@@ -2,25 +2,23 @@
 
 Two kernels. `score_tiles_kernel`: a program takes BLOCK_N rows and a fixed span of V, multiplies
 tile by tile, rounds each logit to the logits' dtype as a stored one is, folds it into its row's
-sums, and writes SUMS numbers per row and span. `score_finish_kernel`: a program per row joins the
-spans in ascending order and ends the row as the row pass does (`row_finish.py`). Spans depend on V
-and the tile only: a row's result depends neither on its place, nor on other rows, nor on the chip's
-size. Coordinates and sums are those of `row_sums.py`. Traffic, FLOP, expected times: README.md.
-Both serve the GEMM epilogue of a training pass too (`epilogue_rows.py`). Not here: gradients,
-adapters on the head.
+sums (`score_sums.py`), and writes SUMS numbers per row and span. `score_finish_kernel`: a program
+per row joins the spans in ascending order and ends the row as the row pass does (`row_finish.py`).
+Spans depend on V and the tile only: a row's result depends neither on its place, nor on other rows,
+nor on the chip's size. Coordinates are those of `row_sums.py`. Traffic, FLOP, expected times:
+README.md. Both serve the GEMM epilogue of a training pass too (`epilogue_rows.py`). Not here:
+gradients, adapters on the head.
 
 Tiles come through tensor descriptors (TMA) where the chip has them, else through pointers; one
-source, by a constexpr. Row offsets are 64-bit.
+source, by a constexpr. Offsets of tiles are 64-bit, inside a stored tile 32-bit.
 """
-
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pyoffline.kernels.configs import FMA, ROW_UNIT, ScoreConfig, score_config
+from pyoffline.kernels.configs import FMA, ROW_UNIT, ScoreConfig, epilogue_config, score_config
 from pyoffline.kernels.launch import alignment, device_of
 from pyoffline.kernels.row_factors import write_factors, write_zero_factors
 from pyoffline.kernels.row_finish import (
@@ -31,11 +29,21 @@ from pyoffline.kernels.row_finish import (
     statistics,
     write_row,
 )
-from pyoffline.kernels.row_sums import FLOOR, LOG2_E, LOWEST, bent
+from pyoffline.kernels.row_sums import LOG2_E, bent
+from pyoffline.kernels.score_sums import (
+    empty_state,
+    fold_logits,
+    halves,
+    join_lanes,
+    join_spans,
+    products_at,
+)
 from pyoffline.objectives import TABLE
 
-# m, ones, tail, sum e w, tail of squares, y of the label, sum u (y - m), sum u: 32 bytes, a sector
+# m, ones, tail, sum e w, tail of squares, y of the label (in its span only), sum u (y - m), sum u:
+# 32 bytes, a sector
 SUMS = 8
+LABEL_FIELD: tl.constexpr = tl.constexpr(5)
 FINISH_SPANS = 64  # spans that a program of the second kernel joins at a time
 STORE_UNIT: tl.constexpr = tl.constexpr(ROW_UNIT)
 LOGITS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -62,49 +70,35 @@ def load_tile(
 
 
 @triton.jit
-def fold_logits(
-    y, u, label_column, state, slope2, WANT_GAP: tl.constexpr, BLOCK_V: tl.constexpr
-):  # fmt: skip
-    """Add logits y [N, V] to their rows' (m, ones, tail, s, q, y of the label, ut, us)."""
-    m, ones, tail, s, q, y_label, ut, us = state
-    top = tl.max(y, axis=1)
-    rises = top > m  # a NaN is no maximum; it shows in the tail
-    m_new = tl.where(rises, top, m)
-    d = ones + tail
-    step = m - m_new
-    fall = tl.maximum(step * slope2, FLOOR)
-    r = tl.exp2(fall)
-    tail = tl.where(rises, d * r, tail)
-    q = tl.where(rises, (ones + q) * r * r, q)
-    s = tl.where(rises, (s + d * fall) * r, s)
-    ones = tl.where(rises, 0.0, ones)
-    t = y - m_new[:, None]
-    w = t * slope2[:, None]
-    is_top = y == m_new[:, None]
-    e = tl.where(is_top, 0.0, tl.exp2(w))
-    ones += tl.sum(tl.where(is_top, 1.0, 0.0), axis=1)
-    tail += tl.sum(e, axis=1)
-    s += tl.sum(e * tl.maximum(w, FLOOR), axis=1)
-    q += tl.sum(e * e, axis=1)
-    if WANT_GAP:
-        ut += tl.where(us == 0.0, 0.0, us * step)
-        ut += tl.sum(tl.where(u[None, :] == 0.0, 0.0, u[None, :] * t), axis=1)
-        us += tl.sum(u, axis=0)
-    is_here = (label_column >= 0) & (label_column < BLOCK_V)
-    if tl.max(is_here.to(tl.int32), axis=0) > 0:  # most tiles hold the label of no row
-        at_label = tl.arange(0, BLOCK_V)[None, :] == label_column[:, None]
-        y_label += tl.sum(tl.where(at_label, y, 0.0), axis=1)
-    return m_new, ones, tail, s, q, y_label, ut, us
+def rounded(x, LOGITS: tl.constexpr, PTX: tl.constexpr):
+    """fp32 numbers as the logits' dtype holds them. PTX: two by one instruction, where Triton's own
+    conversion takes one each, in the pipeline of the exponentials.
+    """
+    if PTX and LOGITS == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, -65536;}",
+            "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PTX and LOGITS == tl.float16:
+        y = tl.inline_asm_elementwise(
+            "{.reg .b32 t; .reg .b16 l, h; cvt.rn.f16x2.f32 t, $3, $2; mov.b32 {l, h}, t;"
+            " cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
+            "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        y = x.to(LOGITS).to(tl.float32)
+    return y
 
 
 @triton.jit
 def fold_tile(
-    acc, first, label_column, state, slope2, sign, inner, vocab, bias_ptr, class_weight_ptr, exps,
+    acc, first, state, slope2, sign, inner, vocab, bias_ptr, class_weight_ptr, exps,
     LOGITS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_GAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_V: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of products to the rows' sums, in PARTS parts of its columns, one after another:
-    fewer registers. exps: () or (row pointers, offsets, rows inside): store exp(z - offset) there.
+    fewer registers. exps: () or (a pointer, rows from there, offsets, rows inside): store exp(z -
+    offset) there.
     """
     if PARTS == 1:
         offs_v = first + tl.arange(0, BLOCK_V)
@@ -113,30 +107,46 @@ def fold_tile(
         bias = 0.0
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + entries)[None, :]
-        y = acc.to(LOGITS).to(tl.float32)
-        y = bent(y, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED)
+        y = rounded(acc, LOGITS, PTX)
+        y = bent(y, bias, sign[:, None], inner, bias_ptr is not None, BENDS, SIGNED)
         if first + BLOCK_V > vocab:
             y = tl.where(mask_v[None, :], y, float("-inf"))
+        if len(exps) > 0:
+            corner, below, offset, inside = exps
+            e = tl.exp2((y - offset[:, None]) * slope2[:, None]).to(corner.dtype.element_ty)
+            # whole groups of 32 bytes: the row's padding takes what lies past V
+            fits = offs_v // STORE_UNIT * STORE_UNIT < vocab
+            mask = inside[:, None] & fits[None, :]
+            tl.store(corner + (below[:, None] + offs_v[None, :]), e, mask=mask)
         u = 0.0
         if WANT_GAP:
             u = tl.where(mask_v, load_or(class_weight_ptr, entries, 1.0), 0.0)
-        state = fold_logits(y, u, label_column, state, slope2, WANT_GAP, BLOCK_V)
-        if len(exps) > 0:
-            ptrs, offset, inside = exps
-            e = tl.exp2((y - offset[:, None]) * slope2[:, None]).to(ptrs.dtype.element_ty)
-            # whole groups of 32 bytes: the row's padding takes what lies past V
-            fits = offs_v // STORE_UNIT * STORE_UNIT < vocab
-            tl.store(ptrs[:, None] + offs_v[None, :], e, mask=inside[:, None] & fits[None, :])
+        state = fold_logits(y, u, state, slope2, WANT_GAP, LANES)
     else:
-        HALF: tl.constexpr = BLOCK_V // 2
-        halves = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N, 2, HALF]), (0, 2, 1)))
+        parts = halves(acc)
         for i in tl.static_range(2):
             state = fold_tile(
-                halves[i], first + i * HALF, label_column - i * HALF, state, slope2, sign, inner,
-                vocab, bias_ptr, class_weight_ptr, exps, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N,
-                HALF, PARTS // 2,
+                parts[i], first + i * (BLOCK_V // 2), state, slope2, sign, inner, vocab, bias_ptr,
+                class_weight_ptr, exps, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_V // 2, PARTS // 2,
+                LANES, PTX,
             )  # fmt: skip
     return state
+
+
+@triton.jit
+def store_label_logits(
+    acc, first, label_ptrs, is_here, ptrs, sign, inner, bias_ptr,
+    LOGITS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """y of the labels in a tile of products. Labels are read again: for most tiles one register of
+    a thread is enough to know that there are none.
+    """
+    label = tl.load(label_ptrs)
+    x = rounded(products_at(acc, (label - first).to(tl.int32), PARTS), LOGITS, False)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + label, mask=is_here, other=0.0)
+    tl.store(ptrs, bent(x, bias, sign, inner, bias_ptr is not None, BENDS, SIGNED), mask=is_here)
 
 
 @triton.jit
@@ -163,7 +173,8 @@ def score_tiles_kernel(
     LOGITS: tl.constexpr, BENDS: tl.constexpr, SIGNED: tl.constexpr, WANT_GAP: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
-    GROUP_N: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
+    GROUP_N: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, PTX: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):  # fmt: skip
     """The product of one row tile and one span of V, folded into sums.
 
@@ -181,18 +192,23 @@ def score_tiles_kernel(
     inside = rows < n_rows
     lines = tl.where(inside, rows, 0)  # rows past the end are multiplied and never stored
     label = tl.load(labels_ptr + lines)
+    label = tl.where((label < 0) | (label >= vocab), -1, label).to(tl.int32)
     sign, inner, slope = row_transform(head, temperature_ptr, lines, BENDS)
     zero = tl.zeros([BLOCK_N], tl.float32)
     slope2 = slope * LOG2_E + zero
-    sign = (sign + zero)[:, None]
-    state = (zero + LOWEST, zero, zero, zero, zero, zero, zero, zero)
+    sign = sign + zero
+    state = empty_state(BLOCK_N, LANES)
+    sums_ptr += (first_row.to(tl.int64) * n_spans + span) * FIELDS
+    sums_ptrs = sums_ptr + tl.arange(0, BLOCK_N) * (n_spans * FIELDS)
     begin = span * SPAN
     end = min(begin + SPAN, vocab)
     columns = tl.arange(0, BLOCK_V)
     stored = ()
     if len(exps) > 0:
-        ptrs = exps[0] + lines.to(tl.int64) * stride_exps * STORE_UNIT
-        stored = (ptrs, tl.load(exps[1] + lines), inside)
+        # 32 bits from the tile's first row on: fewer registers than pointers
+        corner = exps[0] + first_row.to(tl.int64) * stride_exps * STORE_UNIT
+        below = tl.arange(0, BLOCK_N) * (stride_exps * STORE_UNIT)
+        stored = (corner, below, tl.load(exps[1] + lines), inside)
     if AGAIN:
         late = tl.load(exps[2] + lines, mask=inside, other=0)
         end = tl.where(tl.max(late, axis=0) > 0, end, begin)
@@ -209,65 +225,24 @@ def score_tiles_kernel(
                 TMA, EVEN, BLOCK_D,
             )  # fmt: skip
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+        if not AGAIN:
+            is_here = (label >= first) & (label < first + BLOCK_V)
+            if tl.max(is_here.to(tl.int32), axis=0) > 0:  # most tiles hold the label of no row
+                store_label_logits(
+                    acc, first, labels_ptr + lines, inside & is_here, sums_ptrs + LABEL_FIELD, sign,
+                    inner, bias_ptr, LOGITS, BENDS, SIGNED, PARTS,
+                )  # fmt: skip
         state = fold_tile(
-            acc, first, label - first, state, slope2, sign, inner, vocab, bias_ptr,
-            class_weight_ptr, stored, LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_N, BLOCK_V, PARTS,
+            acc, first, state, slope2, sign, inner, vocab, bias_ptr, class_weight_ptr, stored,
+            LOGITS, BENDS, SIGNED, WANT_GAP, BLOCK_V, PARTS, LANES, PTX,
         )  # fmt: skip
     if not AGAIN:
-        write_sums(sums_ptr, lines, inside, n_spans, span, state, WANT_GAP, FIELDS)
-
-
-@triton.jit
-def write_sums(
-    sums_ptr, lines, inside, n_spans, span, state, WANT_GAP: tl.constexpr, FIELDS: tl.constexpr
-):
-    """What a program leaves of its span."""
-    ptrs = sums_ptr + (lines.to(tl.int64) * n_spans + span) * FIELDS
-    for i in tl.static_range(8 if WANT_GAP else 6):
-        tl.store(ptrs + i, state[i], mask=inside)
-
-
-@triton.jit
-def join_spans(
-    sums_ptr, n_spans, slope2, WANT_GAP: tl.constexpr, FIELDS: tl.constexpr, SPANS: tl.constexpr
-):
-    """The sums of a row, as `row_sums.sum_row` gives them.
-
-    Lane i takes the spans i, i + SPANS, ...; lanes join at the end.
-    """
-    lanes = tl.arange(0, SPANS)
-    m_lane = tl.zeros([SPANS], tl.float32) + LOWEST
-    for first in range(0, n_spans, SPANS):
-        m_span = tl.load(
-            sums_ptr + (first + lanes) * FIELDS, mask=first + lanes < n_spans, other=LOWEST
-        )
-        m_lane = tl.where(m_span > m_lane, m_span, m_lane)
-    m = tl.max(m_lane, axis=0)
-    zero = tl.zeros([SPANS], tl.float32)
-    ones, tail, s, q, gap = zero, zero, zero, zero, zero
-    for first in range(0, n_spans, SPANS):
-        ptrs = sums_ptr + (first + lanes) * FIELDS
-        mask = first + lanes < n_spans
-        m_span = tl.load(ptrs, mask=mask, other=LOWEST)
-        part_ones = tl.load(ptrs + 1, mask=mask, other=0.0)
-        part_tail = tl.load(ptrs + 2, mask=mask, other=0.0)
-        part_s = tl.load(ptrs + 3, mask=mask, other=0.0)
-        part_q = tl.load(ptrs + 4, mask=mask, other=0.0)
-        d = part_ones + part_tail
-        step = m_span - m
-        fall = tl.maximum(step * slope2, FLOOR)
-        r = tl.exp2(fall)
-        is_top = m_span == m
-        ones += tl.where(is_top, part_ones, 0.0)
-        tail += tl.where(is_top, part_tail, d * r)
-        q += tl.where(is_top, part_q, (part_ones + part_q) * r * r)
-        s += (part_s + d * fall) * r
+        sums = join_lanes(state, slope2, WANT_GAP)
+        for i in tl.static_range(5):
+            tl.store(sums_ptrs + i, sums[i], mask=inside)
         if WANT_GAP:
-            us = tl.load(ptrs + 7, mask=mask, other=0.0)
-            gap += tl.load(ptrs + 6, mask=mask, other=0.0)
-            gap += tl.where(us == 0.0, 0.0, us * step)
-    sums = (tl.sum(ones, axis=0), tl.sum(tail, axis=0), tl.sum(s, axis=0), tl.sum(q, axis=0))
-    return m, sums[0], sums[1], sums[2], sums[3], tl.sum(gap, axis=0)
+            tl.store(sums_ptrs + 6, sums[5], mask=inside)
+            tl.store(sums_ptrs + 7, sums[6], mask=inside)
 
 
 @triton.jit(do_not_specialize=["vocab", "n_spans", "ignore_index", "stride_coefs"])
@@ -288,7 +263,7 @@ def score_finish_kernel(
         at, poison = checked_label(label, vocab, row, flag_ptr)
         spans_ptr = sums_ptr + row.to(tl.int64) * n_spans * FIELDS
         sums = join_spans(spans_ptr, n_spans, slope * LOG2_E, WANT_GAP, FIELDS, SPANS)
-        y_label = tl.load(spans_ptr + at // SPAN * FIELDS + 5) + poison
+        y_label = tl.load(spans_ptr + at // SPAN * FIELDS + LABEL_FIELD) + poison
         sum_u = load_or(sum_u_ptr, 0, vocab * 1.0)
         d, logp, entropy, lse, gap, log_sum_p2, is_top1, _, _ = statistics(
             sums, slope, y_label, vocab, sum_u
@@ -325,10 +300,13 @@ def sums_nbytes(vocab: int) -> int:
 class Scoring:
     """The launches of one block of rows. hidden [N, D], weight [V, D], unit stride in D; rows:
     calls.Rows, fp32 and contiguous, without coefs; outputs and flag as in `row_pass`; logits are
-    rounded to logits_dtype. Allocates 32 bytes per row and span of V.
+    rounded to logits_dtype; stores: `multiply` will be given exps. Allocates 32 bytes per row and
+    span of V.
     """
 
-    def __init__(self, hidden, weight, rows, outputs, flag, logits_dtype, config=None):
+    def __init__(
+        self, hidden, weight, rows, outputs, flag, logits_dtype, config=None, stores=False
+    ):
         (self.count, dim), self.vocab = hidden.shape, weight.shape[0]
         self.hidden, self.weight, self.rows = hidden, weight, rows
         self.outputs, self.flag, self.logits_dtype = outputs, flag, logits_dtype
@@ -338,9 +316,8 @@ class Scoring:
         self.negative = rows.temperature is not None or head.logit_scale / head.temperature < 0
         self.unit = min(alignment(hidden, weight), dim & -dim)
         plain = not (head.softcap or self.negative or self.want_gap)
-        self.config = config or score_config(hidden, self.unit, plain)
-        if self.negative and self.config.signed_warps:
-            self.config = replace(self.config, warps=self.config.signed_warps)
+        choose = epilogue_config if stores else score_config
+        self.config = config or choose(hidden, self.unit, plain)
         spans = triton.cdiv(self.vocab, self.config.span)
         self.sums = torch.empty(
             self.count, spans, SUMS, dtype=torch.float32, device=hidden.device
@@ -362,7 +339,8 @@ class Scoring:
             WANT_GAP=self.want_gap, TMA=config.tma, EVEN=dim % config.block_d == 0, UNIT=unit,
             PRECISION=config.precision, BLOCK_N=config.block_n, BLOCK_V=config.block_v,
             BLOCK_D=config.block_d, SPAN=config.span, GROUP_N=config.group_n, PARTS=config.parts,
-            FIELDS=SUMS, num_warps=config.warps, num_stages=config.stages, **FMA,
+            LANES=config.lanes, PTX=config.ptx, FIELDS=SUMS, num_warps=config.warps,
+            num_stages=config.stages, **FMA,
         )  # fmt: skip
 
     def finish(self, factors=()):

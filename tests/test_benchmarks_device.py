@@ -199,13 +199,13 @@ def test_provenance_of_a_gpu_names_device_driver_and_versions(monkeypatch):
     assert "a GPU, 132 multiprocessors (sm_90), driver 580.1" in report.render(record)
 
 
-def test_the_gpu_check_fits_eight_minutes_and_names_files_and_options_that_exist():
+def test_the_gpu_check_fits_nine_minutes_and_names_files_and_options_that_exist():
     root = Path(__file__).parents[1]
     command = ["bash", str(root / "bench/gpu_check.sh"), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     stages = re.findall(r"^(\w+) +(\d+)s  (.*)$", done.stdout, re.MULTILINE)
     assert {"build", "tests", "memcheck", "racecheck", "bars", "rows"} <= {s[0] for s in stages}
-    assert sum(int(seconds) for _, seconds, _ in stages) <= 500
+    assert sum(int(seconds) for _, seconds, _ in stages) <= 540
     for path in re.findall(r"\b(?:tests|bench)/\w+\.py", done.stdout):
         assert (root / path).exists(), path
     benches = [line for _, _, line in stages if "pyoffline bench" in line]

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sass_loops import innermost_loops, spills_in_loops
 
 from pyoffline.kernels.configs import ROW_WARPS
 
@@ -42,6 +43,13 @@ MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma
 # has half the threads; the tiles of scoring take what a thread may have.
 THREADS = max(32 * warps * per_sm for _, warps, per_sm in ROW_WARPS)
 HALVED = r"row_pass (table|smoothing|statistics with gap|.*unaligned|.*unlike)"
+# Bytes of stack on sm_100 alone, where rows are masked at their ends: offsets that are formed once
+# and read back a few times a row, never in a sweep ("looped_spills"). Half the groups a thread
+# would leave none, and half the bytes in flight.
+STACK = {
+    "row_pass ppo+kl+entropy bf16 shifted": 136,
+    "row_pass ppo+kl+entropy bf16 shifted all of the head": 24,
+}
 # Compiled again on every run: each kernel, each chip. All in one process, as a training step and
 # its scoring are.
 AGAIN = [
@@ -64,8 +72,11 @@ AGAIN = [
 
 
 def holds(name, target, facts):
-    """No spill, no local memory, 64-bit row offsets, what fits the chip; and the kernel's own."""
-    assert facts["spills"] == 0, (name, target)
+    """No spill but those named, no local memory, 64-bit row offsets, what fits the chip; and the
+    kernel's own.
+    """
+    assert facts["spills"] <= (STACK.get(name, 0) if target == "sm_100" else 0), (name, target)
+    assert facts.get("looped_spills", 0) == 0, (name, target)
     assert facts["shared"] <= SHARED[target]
     if target.startswith("sm"):
         assert facts["local"] == 0
@@ -124,6 +135,12 @@ def test_the_table_is_of_the_kernels_as_they_are():
     now = run_script("--fingerprints")
     stale = [n for n in sorted({*kept, *now}) if kept.get(n) != now.get(n)]
     assert not stale, f"run `make triton-table`: {len(stale)} of {len(now)} variants, {stale[:3]}"
+
+
+def test_what_a_loop_spills_is_counted_apart():
+    lines = ("STL [R1], R2", "LDL R3, [R1]", "@P0 BRA 0x010", "LDL R4, [R1]", "@!P1 BRA 0x000")
+    text = "\n".join(f"        /*{16 * i:04x}*/   {line} ;" for i, line in enumerate(lines))
+    assert innermost_loops(text) == [list(lines[1:3])] and spills_in_loops(text) == 1
 
 
 def test_every_kernel_has_variants_for_every_chip():

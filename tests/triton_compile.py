@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 import triton
+from sass_loops import spills_in_loops
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_fingerprint import fingerprint
@@ -152,22 +152,27 @@ def launch_of(name: str, target: str) -> Launch:
     return found
 
 
-def _nvidia(compiled, arch: int) -> dict:
-    tool = get_ptxas(arch).path  # which of its own Triton takes differs between versions
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"\.target (\S+?)[,\s]", ptx)[1]
+def cuobjdump(what: str, code: bytes) -> str:
+    """What the tool says of machine code."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [tool, "-v", f"--gpu-name={target}", str(source), "-o", f"{folder}/cubin"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        log = done.stdout + done.stderr
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{log}")
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(code)
+        command = [triton.knobs.nvidia.cuobjdump.path, what, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia(compiled) -> dict:
+    """By the machine code itself: registers and spills depend on the options that Triton gives
+    ptxas, and these on its version.
+    """
+    ptx, code = compiled.asm["ptx"], compiled.asm["cubin"]
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", code))
+    spilled = int(usage[2])  # bytes of stack
+    looped = {"looped_spills": spills_in_loops(cuobjdump("-sass", code))} if spilled else {}
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spills": spills + int(re.search(r"(\d+) bytes stack frame", log)[1]),
+        "registers": int(usage[1]),
+        "spills": spilled,
+        **looped,
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
         "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
@@ -197,7 +202,7 @@ def compile_launch(found: Launch, target: str) -> dict:
     signature, constants, attrs = source_of(found)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=chip, options=found.options)
-    facts = _nvidia(compiled, chip.arch) if chip.backend == "cuda" else _amd(compiled)
+    facts = _nvidia(compiled) if chip.backend == "cuda" else _amd(compiled)
     if kernel is score_rows.score_tiles_kernel:
         text = compiled.asm["ptx" if chip.backend == "cuda" else "amdgcn"]
         counts = {k: len(re.findall(pattern, text)) for k, pattern in INSTRUCTIONS.items()}

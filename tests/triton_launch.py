@@ -79,7 +79,8 @@ def score(dtype=BF16, dim=72, epilogue=False, **given):
     family = configs.score_family(9, hidden.element_size(), unit)
     rows, out = rows_of(70, **given), outputs_of(70)
     if epilogue:
-        exps, tile = torch.empty(70, 3008, dtype=BF16)[:, :3000], configs.EPILOGUE_TILES[family]
+        exps = torch.empty(70, 3008, dtype=BF16)[:, :3000]
+        tile = configs.EPILOGUE_TILES[family, rows.temperature is None]
         epilogue_rows.epilogue_rows(hidden, weight, rows, out, FLAG, exps, tile)
         return
     tile = configs.SCORE_TILES[family, hidden.element_size(), rows.temperature is None]

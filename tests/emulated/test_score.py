@@ -7,19 +7,19 @@ emulator itself finds races, reads of what nobody wrote, and accesses outside th
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from compare import same_bits
 from emulator.triton_driver import LAUNCHES
-from row_cases import outputs, random_rows
+from row_cases import outputs, random_rows, swept
 
 import pyoffline as po
-from pyoffline import _C
-from pyoffline.calls import HeadScalars, RowOutputs, Rows
-from pyoffline.cpu import row_arguments
+from pyoffline.calls import HeadScalars, Rows
 from pyoffline.gpu_rows import float32_rows
 from pyoffline.kernels import epilogue_rows as epilogue
 from pyoffline.kernels import score_rows as kernel
@@ -38,6 +38,9 @@ COMPOSED = po.PPOClip() + 0.1 * po.KL("k3") + 1e-3 * po.ZLoss()
 SMOOTHED = COMPOSED - 0.01 * po.Entropy() + po.NLL(label_smoothing=0.1)
 GATED = SMOOTHED + po.WeightedNLL().weighted_by("g")
 PADDING = 7.0
+# PTX for a logit where D is one tile of it, moves not counted; on sm_80 a thread has more rows, and
+# its products and copies are instructions of many threads.
+MOST_INSTRUCTIONS = {80: 21.0, 90: 16.0}
 
 
 def tile(hidden, unit, plain=True):
@@ -45,15 +48,15 @@ def tile(hidden, unit, plain=True):
     return SCORE_TILES[family, hidden.element_size(), plain]
 
 
+def epilogue_tile(hidden, unit, plain):
+    return EPILOGUE_TILES[score_family(CHIP // 10, hidden.element_size(), unit), plain]
+
+
 @pytest.fixture(autouse=True)
 def library_tiles(monkeypatch):
     """Those that the library takes on this chip; what is allocated holds NaN, or -1."""
     monkeypatch.setattr(kernel, "score_config", tile)
-    monkeypatch.setattr(
-        epilogue,
-        "epilogue_config",
-        lambda hidden, unit: EPILOGUE_TILES[score_family(CHIP // 10, hidden.element_size(), unit)],
-    )
+    monkeypatch.setattr(kernel, "epilogue_config", epilogue_tile)
     empty = torch.empty
 
     def poisoned(*shape, **options):
@@ -91,18 +94,6 @@ def scored(hidden, weight, rows, config=None, **changes):
     return out, flag
 
 
-def swept(logits, rows, dlogits=None):
-    """Outputs of `_C.row_pass` by name; the gradient into dlogits."""
-    out = outputs(logits.shape[0])
-    named = RowOutputs(**{k: x for k, x in out.items() if k != "coefs"}, coefs=None)
-    program = {"codes": rows.codes, "hyper": rows.hyper, "loss": out["loss"]} if rows.codes else {}
-    _C.row_pass(
-        logits, rows.labels, **row_arguments(rows, named), **program, gap=out["gap"],
-        dlogits=dlogits, coefs_out=out["coefs"] if rows.codes else None,
-    )  # fmt: skip
-    return out
-
-
 def assert_same(got, want, rows):
     """Statistics and objectives differ by roundings of fp32 and the chip's exponential."""
     for name, x in want.items():
@@ -111,6 +102,26 @@ def assert_same(got, want, rows):
         torch.testing.assert_close(
             got[name], x, atol=5e-6, rtol=5e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_what_a_logit_costs(dtype):
+    """A second span of V, without labels: one exponential, half a conversion to the logits' dtype,
+    and threads join once a span.
+    """
+    seen = []
+    for vocab in (1024, 2048):
+        x, w, _ = factors(128, vocab, 64, dtype)
+        scored(x, w, rows_of(128, 1024, po.NLL(), {}), gap=None)
+        seen.append(
+            [launch for launch in LAUNCHES if launch.name.startswith("score_tiles")][-1].counts
+        )
+    few, many = (counts.by_opcode for counts in seen)
+    per_logit = {k: (many[k] - few[k]) / (128 * 1024) for k in many if not k.startswith("mov.")}
+    assert sum(per_logit.values()) < MOST_INSTRUCTIONS[CHIP]
+    assert per_logit["ex2.approx.ftz.f32"] < 1.2
+    assert sum(n for k, n in per_logit.items() if k.startswith("cvt.rn.")) == 0.5
+    assert per_logit["shfl.sync.bfly.b32"] < (0.3 if CHIP == 80 else 0.1)
 
 
 def executed(name, count):
@@ -245,3 +256,16 @@ def test_the_epilogue_leaves_the_gradient_as_factors_and_exponentials(case):
     elif "late rows" in case:
         assert (out["logps"] < -40).any() and (out["logps"][counted] > -40).any()
         assert 0 < again.counts.global_stored <= 128 * -(-vocab // 16) * 16 * 2
+
+
+def test_the_tiles_that_a_gpu_would_time_are_right(monkeypatch):
+    """bench/gpu_score_tiles.py, but for its clock."""
+    path = Path(__file__).parents[2] / "bench/gpu_score_tiles.py"
+    spec = importlib.util.spec_from_file_location("gpu_score_tiles", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    monkeypatch.setattr(bench, "score_config", tile)
+    monkeypatch.setattr(bench, "by_events", lambda run: [run(), 1.0][1])
+    found = bench.measure((130, 64, 1100), "cpu", 1)
+    assert [r["name"] for r in found] == list(bench.candidates(tile(torch.empty(1, dtype=BF16), 8)))
+    assert all(r["of_gemm"] == 1.0 for r in found)

@@ -367,9 +367,10 @@ def codes(objective):
         {"logits_dtype": torch.float32},
         {"weight": torch.zeros(5, 8), "hidden": torch.zeros(2, 8), "logits_dtype": torch.float32},
         {"deterministic": True},
+        {"weight": torch.zeros(1, 8, dtype=BF16).expand(1 << 24, 8)},
     ],
     ids=["entropy", "smoothing", "custom", "coefs", "softcap", "bias", "adapter", "fp32 logits",
-         "fp32", "deterministic"],
+         "fp32", "deterministic", "2^24 entries"],
 )  # fmt: skip
 def test_what_is_not_served_takes_the_row_pass(changes):
     assert kernel.serves(call())

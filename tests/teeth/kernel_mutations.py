@@ -12,6 +12,7 @@ ROW_PASS, PROMISES = (
 )
 SCORING = EMULATED + "[90-emulated/test_score.py-]"
 BARRIERS = "tests/test_emulated_barriers.py::test_no_barrier_can_be_left_out"
+INTERPRETED = "tests/test_triton.py::test_in_the_interpreter"
 TABLE = "tests/test_triton_compile.py::test_the_table_is_of_the_kernels_as_they_are"
 
 KERNELS = (
@@ -45,7 +46,7 @@ KERNELS = (
         "kernels/row_pass.py",
         "start = tl.cast(row, tl.int64) * stride_logits * UNIT",
         "start = row * stride_logits * UNIT",
-        "tests/test_triton.py::test_in_the_interpreter[test_guards.py]",
+        INTERPRETED + "[test_guards.py]",
     ),
     one(
         149,
@@ -86,5 +87,29 @@ KERNELS = (
         "    g_.wait_copies();\n",
         "",
         BARRIERS + "[sm_80-3000-dtype2-grad2-None-idle2]",
+    ),
+    one(
+        154,
+        "triton: where a lane's maximum falls behind, what equals it is forgotten",
+        "kernels/score_sums.py",
+        "tl.where(is_top, tail, d * r)",
+        "tl.where(is_top, tail, tail * r)",
+        INTERPRETED + "[test_score.py]",
+    ),
+    one(
+        155,
+        "triton: two logits that are rounded together change places",
+        "kernels/score_rows.py",
+        "cvt.rn.bf16x2.f32 t, $3, $2;",
+        "cvt.rn.bf16x2.f32 t, $2, $3;",
+        SCORING,
+    ),
+    one(
+        156,
+        "triton: the label in the last column of a tile of scoring is not found",
+        "kernels/score_rows.py",
+        "(label < first + BLOCK_V)",
+        "(label < first + BLOCK_V - 1)",
+        INTERPRETED + "[test_score.py]",
     ),
 )
