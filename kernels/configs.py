@@ -134,7 +134,8 @@ class ScoreConfig:
     """Tile of the scoring product, rows x vocabulary x hidden. `tma`: operands come through tensor
     descriptors; `parts`: a tile's columns are folded in so many parts, for fewer registers;
     `group_n` row tiles go through the vocabulary together, a program through `span` entries of it;
-    `lanes`: threads that hold a row of a product on tensor cores, each two of 2 * lanes columns;
+    `lanes`: threads that hold a row of a product, each two neighbours of every 2 * lanes columns; 1
+    where they do not (Triton 3.7 then adds up wrong lanes: only the emulator shows it);
     `ptx`: the chip is NVIDIA's.
     """
 
@@ -156,8 +157,8 @@ class ScoreConfig:
 # puts no fence between a copy and the tensor cores that read it (its issue 10537; tests/emulated).
 # (family, bytes of an element, whether the head is plain: no softcap, temperatures of rows, class
 # weights or smoothing, which want registers) -> the largest tile that keeps every sum in registers,
-# by tests/triton_table.json, and by Triton 3.9 too for 16-bit rows of NVIDIA's. No tile is measured
-# yet. fp32 products without tensor cores.
+# by tests/triton_table.json, and by Triton 3.6. No tile is measured yet. fp32 products without
+# tensor cores.
 SCORE_TILES = {
     ("sm_100", 2, True): ScoreConfig(128, 256, 64, 8, 3, parts=4, tma=True),
     ("sm_100", 2, False): ScoreConfig(128, 128, 64, 8, 3, parts=2, tma=True),

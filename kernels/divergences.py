@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pyoffline.divergence_math import DIVERGENCES
-from pyoffline.kernels.scalar_ops import expm1, log, log1p
+from pyoffline.kernels.scalar_ops import expm1_near, log, log1p, log_normal
 
 FORWARD_KL: tl.constexpr = tl.constexpr(DIVERGENCES["forward_kl"].code)
 REVERSE_KL: tl.constexpr = tl.constexpr(DIVERGENCES["reverse_kl"].code)
@@ -50,7 +50,7 @@ def mixture_logs(gap, beta, rest):
     """(log(M/S), log(M/T)), M = rest S + beta T, relative to the larger of S and T."""
     ratio = tl.exp2(-tl.abs(gap) * LOG2E)
     above = gap > 0.0
-    log_m = log(tl.where(above, rest, beta) * ratio + tl.where(above, beta, rest))
+    log_m = log_normal(tl.where(above, rest, beta) * ratio + tl.where(above, beta, rest))
     return tl.where(above, gap + log_m, log_m), tl.where(above, log_m, log_m - gap)
 
 
@@ -77,7 +77,7 @@ def beyond_base(x, q):
     w, log_base, moved = log_power(x, q)
     base = tl.where(q[1] != 0.0, t, s)
     far = tl.exp2(w * LOG2E) - base
-    near = base * expm1(tl.where(tl.abs(moved) < 0.34, moved, 0.0))
+    near = base * expm1_near(moved)
     out = tl.where(tl.abs(moved) < 0.34, near, far)
     return tl.where(log_base == -INF, 0.0, out)
 

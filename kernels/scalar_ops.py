@@ -5,8 +5,9 @@ underflow goes through denormals to 0, NaN stays NaN. Built from multiplications
 bit patterns only, so that every chip and the interpreter compute the same number (`tl.exp` is
 `ex2.approx(x * log2 e)` on NVIDIA: relative error |x| 2^-24, too much for a ratio). They run a few
 times a row; the sweeps over the vocabulary use `tl.exp2`, whose argument there is at most 0, so
-that its error is large only where the result is small. Coefficients: Cephes expf and tanhf, fdlibm
-log1pf. Not here: fp64.
+that its error is large only where the result is small, and `expm1_near`, `log_normal`, which leave
+out what an entry cannot be. Coefficients: Cephes expf, logf and tanhf, fdlibm log1pf. Not here:
+fp64.
 """
 
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # 9 bits: n * LN2_HIGH is exact
 LN2_LOW: tl.constexpr = tl.constexpr(-2.12194440e-4)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+SQRT_HALF: tl.constexpr = tl.constexpr(0x3F3504F3)  # bits of sqrt(1/2)
 SQRT2_BITS: tl.constexpr = tl.constexpr(0x3504F3)  # mantissa of sqrt(2)
 
 
@@ -31,17 +33,22 @@ def _power_of_two(n):
 
 
 @triton.jit
+def expm1_near(x):
+    """e^x - 1 for |x| <= ln(2)/2, as `expm1` has it there."""
+    p = 1.9875691500e-4 * x + 1.3981999507e-3
+    p = p * x + 8.3334519073e-3
+    p = p * x + 4.1665795894e-2
+    p = p * x + 1.6666665459e-1
+    p = p * x + 5.0000001201e-1
+    return p * x * x + x
+
+
+@triton.jit
 def _reduce(x):
     """(n, q): e^x = 2^n (1 + q), |ln(1 + q)| <= ln(2)/2; x in [-110, 90]. NaN: n = 0, q = NaN."""
     n = tl.floor(x * LOG2_E + 0.5)
     n = tl.where(n == n, n, 0.0)
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    p = 1.9875691500e-4 * r + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    return n, p * r * r + r
+    return n, expm1_near(x - n * LN2_HIGH - n * LN2_LOW)
 
 
 @triton.jit
@@ -96,6 +103,23 @@ def log(x):
     out = tl.where(x == 0.0, float("-inf"), out)
     out = tl.where(x == float("inf"), x, out)
     return tl.where((x < 0.0) | (x != x), float("nan"), out)
+
+
+@triton.jit
+def log_normal(x):
+    """Natural logarithm for x in [2^-126, 2^126], without a division; NaN stays NaN."""
+    k = (x.to(tl.int32, bitcast=True) - SQRT_HALF) >> 23
+    f = x * ((127 - k) << 23).to(tl.float32, bitcast=True) - 1.0  # 1 + f in [sqrt(1/2), sqrt(2))
+    p = 7.0376836292e-2 * f - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    z, n = f * f, k.to(tl.float32)
+    return n * LN2_HIGH + (f + (z * (p * f - 0.5) + n * LN2_LOW))
 
 
 @triton.jit

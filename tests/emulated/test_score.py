@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import same_bits
+from emulator import tiles
 from emulator.triton_driver import LAUNCHES
 from row_cases import outputs, random_rows, swept
 
@@ -24,10 +25,7 @@ from pyoffline.gpu_rows import float32_rows
 from pyoffline.kernels import epilogue_rows as epilogue
 from pyoffline.kernels import score_rows as kernel
 from pyoffline.kernels.configs import (
-    EPILOGUE_TILES,
-    SCORE_TILES,
     TF32_TILES,
-    score_family,
     tf32_family,
 )
 
@@ -43,20 +41,10 @@ PADDING = 7.0
 MOST_INSTRUCTIONS = {80: 21.0, 90: 16.0}
 
 
-def tile(hidden, unit, plain=True):
-    family = score_family(CHIP // 10, hidden.element_size(), unit)
-    return SCORE_TILES[family, hidden.element_size(), plain]
-
-
-def epilogue_tile(hidden, unit, plain):
-    return EPILOGUE_TILES[score_family(CHIP // 10, hidden.element_size(), unit), plain]
-
-
 @pytest.fixture(autouse=True)
 def library_tiles(monkeypatch):
     """Those that the library takes on this chip; what is allocated holds NaN, or -1."""
-    monkeypatch.setattr(kernel, "score_config", tile)
-    monkeypatch.setattr(kernel, "epilogue_config", epilogue_tile)
+    tiles.put(CHIP, kernel, monkeypatch.setattr)
     empty = torch.empty
 
     def poisoned(*shape, **options):
@@ -264,8 +252,9 @@ def test_the_tiles_that_a_gpu_would_time_are_right(monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_score_tiles", path)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    monkeypatch.setattr(bench, "score_config", tile)
+    monkeypatch.setattr(bench, "score_config", kernel.score_config)
     monkeypatch.setattr(bench, "by_events", lambda run: [run(), 1.0][1])
     found = bench.measure((130, 64, 1100), "cpu", 1)
-    assert [r["name"] for r in found] == list(bench.candidates(tile(torch.empty(1, dtype=BF16), 8)))
+    library = kernel.score_config(torch.empty(1, dtype=BF16), 8)
+    assert [r["name"] for r in found] == list(bench.candidates(library))
     assert all(r["of_gemm"] == 1.0 for r in found)

@@ -73,10 +73,14 @@ def pytest_configure(config):
     install(CAPABILITY)
     import gpu_cases
     import torch
+    from emulator import tiles
+
+    from pyoffline.kernels import score_rows
 
     serve_cpu_tensors()
     if shutil.which("nvcc"):
         serve_cuda()
+    tiles.put(CAPABILITY, score_rows)
     gpu_cases.DEVICE = "cpu"
     torch.Tensor.cuda = lambda self, *a, **k: self.clone()
     torch.cuda.current_stream = lambda device=None: types.SimpleNamespace(cuda_stream=0)

@@ -18,6 +18,8 @@ READ, WRITTEN, COPIED = 1, 2, 4
 SPINS = 10_000  # failed waits in a row after which a phase will not complete
 BARRIER = 0xBA221E2  # what a barrier's 8 bytes hold: nobody else may write there
 MAP_BYTES = 128
+# Where a tensor copy goes: Triton 3.7, and 3.6, whose address is the block's own all the same
+OWN_BLOCK = ("shared::cta", "shared::cluster")
 # CUtensorMapDataType: bytes of an element; CUtensorMapSwizzle: bytes of a line
 ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 2, 10: 4, 11: 4, 12: 4}
 MAP_SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
@@ -180,7 +182,7 @@ class Proxy:
 
     def copy_tensor(self, one, mask):
         """cp.async.bulk.tensor.2d from global to shared memory: begun here, landed by a wait."""
-        if one.parts[3:5] != ("tensor", "2d") or "shared::cta" != one.parts[5]:
+        if one.parts[3:5] != ("tensor", "2d") or one.parts[5] not in OWN_BLOCK:
             raise NotImplementedError(one.text)
         target, source, barrier = one.operands
         for thread in range(self.threads) if mask is None else np.flatnonzero(mask):

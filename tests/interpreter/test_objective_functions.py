@@ -125,7 +125,9 @@ EDGES += [104.0, 110.0, 1e5, 3e38, INF]
 SCALARS = [
     ("exp", -104.0, 89.0, 2.0),
     ("expm1", -30.0, 60.0, 2.0),
+    ("expm1_near", -0.3465, 0.3465, 2.0),  # no further
     ("log", 1e-3, 1e3, 2.0),
+    ("log_normal", 1e-3, 1e3, 2.0),
     ("log1p", -0.999, 1e3, 2.0),
     ("tanh", -12.0, 12.0, 4.0),
 ]
@@ -134,14 +136,20 @@ SCALARS = [
 @pytest.mark.parametrize("name, low, high, ulps", SCALARS)
 def test_N5_scalar_functions_are_within_a_few_ulps_and_keep_nan(name, low, high, ulps):
     x = torch.cat([torch.linspace(low, high, 20_001), torch.tensor(EDGES), -torch.tensor(EDGES)])
-    if name in ("expm1", "log1p", "tanh"):
+    if name in ("expm1", "expm1_near", "log1p", "tanh"):
         x = torch.cat([x, torch.logspace(-30, 0, 2001), -torch.logspace(-30, -0.01, 2001)])
+    elif name.startswith("log"):
+        x = torch.cat([x, 1 + torch.logspace(-7, 0, 2001), 1 - torch.logspace(-7, -1, 2001)])
+    if name == "expm1_near":
+        x = x[x.abs() <= high]
+    elif name == "log_normal":
+        x = x[(x >= 2.0**-126) & (x <= 2.0**126)]
     x = torch.cat([x, torch.tensor([NAN])])
     got = torch.full_like(x, -7.0)
     scalar_kernel[(-(-x.numel() // 8192),)](
         x, got, x.numel(), FUNCTION=getattr(scalar_ops, name), BLOCK=8192
     )
-    truth = getattr(torch, name)(x.double())
+    truth = getattr(torch, name.split("_")[0])(x.double())
     want = truth.float()
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.isinf(), want.isinf())
